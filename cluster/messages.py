@@ -1,0 +1,179 @@
+"""Every message between controller and ranks. Control only: tensors never ride in messages.
+
+A noun for what is wanted (`PrefillPlan`), a past participle for what happened (`ChunkDone`). The
+docstring is the arrow: sender -> receiver, and what is now true.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ringspan.types import Span
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of every message on the wire: immutable, tagged by class name."""
+
+
+class ModelSpec(Message, frozen=True, kw_only=True):
+    """deploy -> every rank: which weights, and how they are to be loaded."""
+
+    name: str
+    """`smollm2`, a folder, a hub id, a .gguf path, `random:<config>`, `retriever[:heads...]`."""
+    dtype: str = "auto"
+    """`auto` (bf16 on a GPU, fp32 on a CPU), `float32`, `bfloat16`, `float16`."""
+    rope_scaling: str | None = None
+    """`yarn:4`, `linear:2`, `theta:500000`; None leaves the model's own."""
+    seed: int = 0
+    """Of the random weights (`random:`, `retriever`)."""
+
+
+class GangSpec(Message, frozen=True, kw_only=True):
+    """controller -> rank: the gang this rank is part of."""
+
+    world_size: int
+    model: ModelSpec
+    transport: str = "auto"
+    """`auto`, `nccl`, `gloo` or `loopback` (all ranks in one process on one device)."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    backend: str = "auto"
+    """Local attention backend: `auto`, or a name of `ringspan.attention.local.BACKENDS`."""
+    threads: int = 0
+    """CPU threads of one rank; 0 lets the machine's cores be dealt evenly."""
+    timeout_s: float = 60.0
+    """How long a rank waits for a peer in one exchange before it names it and gives up."""
+
+
+class ModelFacts(Message, frozen=True, kw_only=True):
+    """What planning needs to know of a model; no weights."""
+
+    name: str
+    family: str
+    """transformers' model_type."""
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    num_params: int
+    flops_per_token: float
+    """Of everything but attention scores: 2 * parameters that multiply, embedding left out."""
+    max_positions: int
+    dtype: str
+    """`float32`, `bfloat16` or `float16`: what K and V are computed in."""
+    fingerprint: str
+    """Hex; covers the weights' digest and every config field that changes K or V."""
+    windows: tuple[int | None, ...]
+    """Sliding window of each layer, None for full attention."""
+
+
+class RankReady(Message, frozen=True, kw_only=True):
+    """rank -> controller: weights are loaded, the group is joined."""
+
+    rank: int
+    device: str
+    """`cuda:0`, `cpu`."""
+    device_name: str
+    host: str
+    pid: int
+    transport: str
+    facts: ModelFacts
+    weights_bytes: int
+    free_bytes: int
+    """Of the device, for KV and activations, after the weights."""
+    elapsed_s: float
+
+
+class PrefillPlan(Message, frozen=True, kw_only=True):
+    """controller -> every rank: how a context is to be prefilled."""
+
+    context_id: str
+    num_tokens: int
+    page_tokens: int
+    chunk_tokens: int
+    """Tokens of one prefill step over all ranks; a multiple of page_tokens."""
+    layout: str
+    scheme: str
+    codec: str
+
+    @property
+    def chunks(self) -> tuple[Span, ...]:
+        starts = range(0, self.num_tokens, self.chunk_tokens)
+        return tuple(Span(s, min(s + self.chunk_tokens, self.num_tokens)) for s in starts)
+
+
+class ChunkDone(Message, frozen=True, kw_only=True):
+    """rank -> controller: this rank's pages of the chunk are in its pool."""
+
+    context_id: str
+    rank: int
+    chunk_index: int
+    span: Span
+    rank_tokens: int
+    """Tokens of the chunk that this rank took."""
+    elapsed_s: float
+    exchange_s: float
+    """Host time spent waiting for peers (CPU ranks; on a GPU see `ringspan bench`)."""
+    sent_bytes: int
+    kv_bytes: int
+    """Encoded KV bytes that this rank now holds for the context."""
+
+
+class PageRecord(Message, frozen=True, kw_only=True):
+    """Where one sealed page lies in a context's folder."""
+
+    key: str
+    """Hex of the chained BLAKE3 key."""
+    span: Span
+    segment: str
+    """File name within the context's folder."""
+    offset: int
+    frame_bytes: int
+    payload_bytes: int
+    xxh3: str
+    """Hex xxh3-128 of the payload at rest."""
+
+
+class ShardSaved(Message, frozen=True, kw_only=True):
+    """rank -> controller: its pages are on disk (fsynced), not yet published."""
+
+    context_id: str
+    rank: int
+    records: tuple[PageRecord, ...]
+    elapsed_s: float
+
+
+class ShardOpened(Message, frozen=True, kw_only=True):
+    """rank -> controller: its pages were read, verified, and lie in its pool."""
+
+    context_id: str
+    rank: int
+    num_pages: int
+    kv_bytes: int
+    elapsed_s: float
+
+
+class AnswerRequest(Message, frozen=True, kw_only=True):
+    """controller -> every rank: extend a session's tail by these tokens, then generate."""
+
+    session_id: str
+    """A new id starts an empty tail on the context; a known one goes on where it stopped."""
+    context_id: str
+    token_ids: tuple[int, ...]
+    max_tokens: int = 256
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+class TokenChunk(Message, frozen=True, kw_only=True):
+    """rank 0 -> controller -> client: one more token; `finish_reason` is set on the last one."""
+
+    session_id: str
+    index: int
+    token_id: int
+    finish_reason: str | None = None
+    """`stop` (a stop id; it is `token_id`), `length` (max_tokens reached)."""
