@@ -32,19 +32,13 @@ class Codec(Protocol):
     exact: bool
     """decode(encode(x)) is x, bit for bit."""
 
-    def specs(
-        self, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> tuple[TensorSpec, ...]:
+    def specs(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         """The tensors that hold the encoded K and V of one layer, K's first."""
 
-    def encode(
-        self, k: torch.Tensor, v: torch.Tensor, into: tuple[torch.Tensor, ...]
-    ) -> None:
+    def encode(self, k: torch.Tensor, v: torch.Tensor, into: tuple[torch.Tensor, ...]) -> None:
         """k, v [T, Hkv, D] in the compute dtype -> `into`, tensors [T, ...] as `specs` says."""
 
-    def decode(
-        self, tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor
-    ) -> None:
+    def decode(self, tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor) -> None:
         """`tensors` [T, ...] -> k, v [T, Hkv, D] in the compute dtype."""
 
 

@@ -1,0 +1,79 @@
+"""FlashAttention 4 (package flash-attn-4): the fastest dense attention on Hopper and Blackwell.
+
+Its masks are aligned bottom-right: in row i, key j is seen iff
+    i + (S - T) - left <= j <= i + (S - T) + right
+which holds any of our masks as long as left and right are not negative (two negative ones mean no
+window at all there). lse comes as [1, Hq, T], natural log. On Hopper it does not split keys, so one
+row over a million keys keeps most of the GPU idle: see `local._order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ringspan.attention.backends.case import Backend, Case
+from ringspan.types import Part
+
+
+def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> Part:
+    """q [T, Hq, D], k, v [S, Hkv, D] bf16 or fp16 -> out in q.dtype, lse [T, Hq] a strided view."""
+    left, right = _window(case)
+    causal = right == 0
+    out, lse = _flash_attn_func()(
+        q[None],
+        k[None],
+        v[None],
+        softmax_scale=case.scale,
+        causal=causal,
+        window_size=(left, None if causal else right),
+        softcap=case.softcap,
+        return_lse=True,
+    )[:2]
+    return Part(out[0], lse[0].transpose(0, 1))
+
+
+def _window(case: Case) -> tuple[int | None, int | None]:
+    """(left, right) for the case's mask."""
+    ahead = case.keys - case.rows
+    causal, offset, window = case.mask
+    left = None if window is None else window - 1 - offset + ahead
+    return left, offset - ahead if causal else None
+
+
+def _why_not(case: Case) -> str | None:
+    if case.capability is None or case.capability[0] not in (9, 10, 11):
+        return f"it wants Hopper or Blackwell (compute capability 9 to 11), not {case.capability}"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 and fp16, not {case.dtype}"
+    largest = 256 if case.capability[0] == 9 else 128
+    if case.head_dim % 8 or not 8 <= case.head_dim <= largest:
+        return f"it takes head_dim 8 to {largest} in steps of 8, not {case.head_dim}"
+    if any(side is not None and side < 0 for side in _window(case)):
+        return f"it cannot place the mask {case.mask} on {case.rows} rows and {case.keys} keys"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _available(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "it runs on CUDA devices only"
+    try:
+        _flash_attn_func()
+    except Exception as error:  # the package's own imports fail in many ways beside ImportError
+        return f"flash_attn.cute cannot be imported ({error}); pip install flash-attn-4"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_func() -> Callable[..., Any]:
+    """The heavy import, once, when first wanted."""
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func
+
+
+FA4 = Backend(name="fa4", available=_available, why_not=_why_not, run=fa4)

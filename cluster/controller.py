@@ -1,0 +1,410 @@
+"""The controller: prefills contexts on a gang, keeps them in a store, answers questions on them.
+
+A plain class. It knows which contexts the gang holds and which sessions stand on them; ranks know
+their shards and tails. One caller at a time: a gang does one thing at a time anyway.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from ringspan.cluster.events import (
+    Cancelled,
+    IsCancelled,
+    OnEvent,
+    PrefillDone,
+    PrefillProgress,
+    PrefillTimings,
+    ignore_event,
+    never,
+)
+from ringspan.cluster.gang import Gang, Pending
+from ringspan.cluster.messages import (
+    AnswerRequest,
+    ChunkDone,
+    ModelFacts,
+    PrefillPlan,
+    ShardOpened,
+    ShardSaved,
+    TokenChunk,
+)
+from ringspan.cluster.pace import Pace
+from ringspan.cluster.planner import PrefillOptions, kv_bytes, plan_prefill
+from ringspan.cluster.session import ContextHandle, Sessions
+from ringspan.cluster.stored import Description, manifest_of, store_bytes
+from ringspan.errors import BadInput, RingspanError, StoreError, UnknownName
+from ringspan.kvstore.folder import Store
+from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
+from ringspan.kvstore.manifest import Manifest
+
+BEGIN_TIMEOUT_S = 120.0
+"""For ranks to take memory for a shard."""
+DISK_TIMEOUT_S = 3600.0
+"""For ranks to write or read their pages."""
+TOKEN_TIMEOUT_S = 600.0
+"""For one token; the first one takes the whole question through the model."""
+TIDY_TIMEOUT_S = 30.0
+CHUNKS_AHEAD = 2
+"""Chunks submitted at once: the next one waits at the ranks when one is done."""
+
+
+class Controller:
+    """`gang` must be started; it stays the caller's to close if `close` is not called."""
+
+    def __init__(self, gang: Gang, store: Store | None = None) -> None:
+        self._gang, self._store = gang, store
+        self._contexts: dict[str, ContextHandle] = {}
+        self._sessions = Sessions()
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._gang.ready[0].facts
+
+    @property
+    def contexts(self) -> tuple[ContextHandle, ...]:
+        """Those that the gang holds."""
+        return tuple(self._contexts.values())
+
+    # prefill
+
+    def plan(self, token_ids: np.ndarray, options: PrefillOptions | None = None) -> PrefillPlan:
+        """What `prefill` would do with these tokens, with the context's id. Refuses what cannot
+        be done (TooLarge, UnknownName, BadInput)."""
+        gang = self._gang
+        plan = plan_prefill(
+            self.facts, gang.ready, len(token_ids), gang.world_size, options or PrefillOptions()
+        )
+        keys = page_keys(
+            self.facts.fingerprint,
+            PUBLIC_NAMESPACE,
+            token_ids,
+            plan.page_tokens,
+        )
+        return msgspec.structs.replace(plan, context_id=context_id(keys))
+
+    def prefill(
+        self,
+        token_ids: np.ndarray,
+        options: PrefillOptions | None = None,
+        *,
+        description: Description | None = None,
+        on_event: OnEvent = ignore_event,
+        cancelled: IsCancelled = never,
+        again: bool = False,
+    ) -> PrefillDone:
+        """Take the tokens (int32 [n]) through the model and keep their KV, on the gang and, if
+        there is a store, in it. A context that the store has with this codec is not computed again
+        unless `again`.
+
+        Raises before any work what can be known before (see `plan`; StoreError for want of room);
+        RankLost naming rank and chunk; Cancelled. Whatever it raises, nothing half-written stays.
+        """
+        began = time.perf_counter()
+        token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
+        description = description or Description()
+        plan = self.plan(token_ids, options)
+        if not again and (stored := self._stored(plan)) is not None:
+            return PrefillDone(
+                context_id=plan.context_id,
+                plan=plan,
+                reused=True,
+                saved=True,
+                kv_bytes=stored.payload_bytes,
+                timings=PrefillTimings(plan_s=time.perf_counter() - began),
+            )
+        if self._store is not None:
+            self._store.check_room(store_bytes(plan, kv_bytes(plan, self.facts)))
+        try:
+            return self._prefill(plan, token_ids, description, on_event, cancelled, began)
+        except Exception:
+            self._forget_quietly(plan.context_id)
+            raise
+
+    def _prefill(
+        self,
+        plan: PrefillPlan,
+        token_ids: np.ndarray,
+        description: Description,
+        on_event: OnEvent,
+        cancelled: IsCancelled,
+        began: float,
+    ) -> PrefillDone:
+        name = plan.context_id
+        self._sessions.end_all_on(name)
+        self._contexts.pop(name, None)
+        self._gang.call(
+            "begin_prefill",
+            plan,
+            token_ids,
+            timeout_s=BEGIN_TIMEOUT_S,
+            what=f"beginning context {name}",
+        )
+        planned = time.perf_counter()
+        run = _Run(plan, Pace(plan, self.facts), planned)
+        self._run_chunks(run, on_event, cancelled)
+        computed = time.perf_counter()
+        if self._store is not None:
+            self._save(self._store, plan, token_ids, description)
+        self._contexts[name] = ContextHandle(
+            context_id=name,
+            num_tokens=plan.num_tokens,
+            codec=plan.codec,
+            kv_bytes=run.kv_bytes,
+        )
+        return PrefillDone(
+            context_id=name,
+            plan=plan,
+            saved=self._store is not None,
+            kv_bytes=run.kv_bytes,
+            sent_bytes=run.sent_bytes,
+            exchange_s=run.exchange_s,
+            flops=run.pace.total_flops,
+            timings=PrefillTimings(
+                plan_s=planned - began,
+                prefill_s=computed - planned,
+                save_s=time.perf_counter() - computed,
+                chunk_s=run.chunk_s,
+            ),
+        )
+
+    def _run_chunks(self, run: _Run, on_event: OnEvent, cancelled: IsCancelled) -> None:
+        """Chunk after chunk, the next one always submitted before the last one is waited for."""
+        plan = run.plan
+        num_chunks = len(plan.chunks)
+        asked: deque[Pending] = deque()
+        submitted = 0
+        for index in range(num_chunks):
+            while submitted < num_chunks and len(asked) < CHUNKS_AHEAD:
+                if cancelled():
+                    raise Cancelled(
+                        f"prefill of context {plan.context_id} was cancelled after {index} of "
+                        f"{num_chunks} chunks; nothing of it was kept"
+                    )
+                span = plan.chunks[submitted]
+                what = f"prefill chunk {submitted} [{span.start}, {span.stop})"
+                asked.append(
+                    self._gang.submit("prefill_chunk", plan.context_id, submitted, what=what)
+                )
+                submitted += 1
+            done: list[ChunkDone] = asked.popleft().result(run.pace.timeout_s(index))
+            on_event(run.add(done))
+
+    def _save(
+        self, store: Store, plan: PrefillPlan, token_ids: np.ndarray, description: Description
+    ) -> Manifest:
+        """Every rank writes its pages beside the others'; then, in one step, it is a context."""
+        name = plan.context_id
+        staging = store.stage(name, token_ids)
+        try:
+            saved: list[ShardSaved] = self._gang.call(
+                "save",
+                name,
+                staging,
+                timeout_s=DISK_TIMEOUT_S,
+                what=f"saving context {name} after its last chunk",
+            )
+            manifest = manifest_of(
+                plan, self._gang.spec, saved, staging, description, created_unix_s=time.time()
+            )
+            return store.publish(staging, manifest)
+        except BaseException:
+            if self._gang.lost:
+                self._gang.close()  # or a rank that still writes would bring the folder back
+            store.abort(staging)
+            raise
+
+    # contexts
+
+    def open(self, name: str) -> ContextHandle:
+        """Bring a stored context (an id or the beginning of one) to the gang, verified. A context
+        that the gang holds already is given back as it is."""
+        for held in self._contexts:
+            if name and held.startswith(name) and (self._store is None or len(name) == len(held)):
+                return self._contexts[held]
+        if self._store is None:
+            raise UnknownName("context", name, tuple(self._contexts))
+        manifest = self._store.manifest(name)
+        if manifest.context_id in self._contexts:
+            return self._contexts[manifest.context_id]
+        self._check_model(manifest)
+        began = time.perf_counter()
+        try:
+            opened: list[ShardOpened] = self._gang.call(
+                "open",
+                manifest,
+                str(self._store.root),
+                timeout_s=DISK_TIMEOUT_S,
+                what=f"opening context {manifest.context_id}",
+            )
+        except Exception:
+            self._forget_quietly(manifest.context_id)
+            raise
+        handle = ContextHandle(
+            context_id=manifest.context_id,
+            num_tokens=manifest.num_tokens,
+            codec=manifest.codec,
+            kv_bytes=sum(shard.kv_bytes for shard in opened),
+            open_s=time.perf_counter() - began,
+        )
+        self._contexts[handle.context_id] = handle
+        return handle
+
+    def drop(self, name: str) -> None:
+        """Free a context's memory on the gang, with its sessions. The store keeps it."""
+        self._sessions.end_all_on(name)
+        if self._contexts.pop(name, None) is not None:
+            self._gang.call("drop", name, timeout_s=TIDY_TIMEOUT_S, what=f"dropping context {name}")
+
+    # answers
+
+    def begin_session(self, name: str) -> str:
+        """An empty session on a context that the gang holds (`prefill` or `open` it first)."""
+        return self._sessions.begin(self._held(name).context_id)
+
+    def ask(
+        self,
+        session_id: str,
+        name: str,
+        token_ids: np.ndarray | tuple[int, ...] | list[int],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: tuple[int, ...] = (),
+        cancelled: IsCancelled = never,
+    ) -> Iterator[TokenChunk]:
+        """Append the tokens to the session on context `name`, then yield the answer's tokens.
+
+        seed: None takes a fresh one. Closing the iterator, or `cancelled`, ends the answer at
+        most one token further; the session goes on from there.
+        """
+        handle = self._held(name)
+        self._sessions.resume(session_id, handle.context_id)
+        if max_tokens < 1:
+            raise BadInput(f"max_tokens {max_tokens}: wanted at least 1")
+        request = AnswerRequest(
+            session_id=session_id,
+            context_id=handle.context_id,
+            token_ids=tuple(int(token) for token in token_ids),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=secrets.randbits(31) if seed is None else seed,
+            stop_ids=stop_ids,
+        )
+        return self._answer(request, cancelled)
+
+    def _answer(self, request: AnswerRequest, cancelled: IsCancelled) -> Iterator[TokenChunk]:
+        what = f"answer of session {request.session_id} on context {request.context_id}"
+        tokens = self._gang.stream("generate", request, timeout_s=TOKEN_TIMEOUT_S, what=what)
+        try:
+            for token in tokens:
+                yield token
+                if cancelled():
+                    return
+        finally:
+            tokens.close()  # type: ignore[attr-defined]  # gangs stream by generators
+
+    def end_session(self, session_id: str) -> None:
+        """May be repeated."""
+        if self._sessions.end(session_id) and not self._gang.lost:
+            self._gang.call(
+                "end_session",
+                session_id,
+                timeout_s=TIDY_TIMEOUT_S,
+                what=f"ending session {session_id}",
+            )
+
+    def close(self) -> None:
+        """Ends the gang. May be repeated."""
+        self._contexts.clear()
+        self._sessions = Sessions()
+        self._gang.close()
+
+    # helpers
+
+    def _held(self, name: str) -> ContextHandle:
+        try:
+            return self._contexts[name]
+        except KeyError:
+            raise UnknownName("context", name, tuple(self._contexts)) from None
+
+    def _stored(self, plan: PrefillPlan) -> Manifest | None:
+        """The store's manifest of this context in this codec. A damaged one does not count: the
+        new one will replace it."""
+        if self._store is None or plan.context_id not in self._store.ids():
+            return None
+        try:
+            manifest = self._store.manifest(plan.context_id)
+        except StoreError:
+            return None
+        return manifest if manifest.codec == plan.codec else None
+
+    def _check_model(self, manifest: Manifest) -> None:
+        if manifest.origin.fingerprint == self.facts.fingerprint:
+            return
+        made_with = manifest.model
+        scaling = f" --rope-scaling {made_with.rope_scaling}" if made_with.rope_scaling else ""
+        raise BadInput(
+            f"context {manifest.context_id} was made with --model {made_with.name}{scaling} "
+            f"(dtype {manifest.form.dtype}, fingerprint {manifest.origin.fingerprint[:12]}), this "
+            f"gang runs {self.facts.name} (dtype {self.facts.dtype}, fingerprint "
+            f"{self.facts.fingerprint[:12]}): ask with that model, or prefill it with this one"
+        )
+
+    def _forget_quietly(self, name: str) -> None:
+        """After a failure, whose error is the one to show."""
+        self._contexts.pop(name, None)
+        if self._gang.lost:
+            self._gang.close()
+            return
+        try:
+            self._gang.call("drop", name, timeout_s=TIDY_TIMEOUT_S, what=f"dropping context {name}")
+        except RingspanError:
+            self._gang.close()
+
+
+@dataclass
+class _Run:
+    """One prefill under way."""
+
+    plan: PrefillPlan
+    pace: Pace
+    began: float
+    """perf_counter when the first chunk was submitted."""
+    kv_bytes: int = 0
+    sent_bytes: int = 0
+    exchange_s: float = 0.0
+    chunk_s: tuple[float, ...] = ()
+
+    def add(self, done: list[ChunkDone]) -> PrefillProgress:
+        """Every rank is done with the next chunk."""
+        slowest_s = max(rank.elapsed_s for rank in done)
+        self.pace.done(slowest_s)
+        self.chunk_s = (*self.chunk_s, slowest_s)
+        self.kv_bytes = sum(rank.kv_bytes for rank in done)
+        self.sent_bytes += sum(rank.sent_bytes for rank in done)
+        self.exchange_s += sum(rank.exchange_s for rank in done)
+        span = done[0].span
+        elapsed_s = time.perf_counter() - self.began
+        return PrefillProgress(
+            context_id=self.plan.context_id,
+            chunk_index=done[0].chunk_index,
+            num_chunks=len(self.plan.chunks),
+            span=span,
+            tokens_done=span.stop,
+            num_tokens=self.plan.num_tokens,
+            elapsed_s=elapsed_s,
+            tokens_per_s=span.stop / max(elapsed_s, 1e-9),
+            left_s=self.pace.left_s(),
+            kv_bytes=self.kv_bytes,
+            sent_bytes=self.sent_bytes,
+        )

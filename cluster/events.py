@@ -1,0 +1,76 @@
+"""What the controller tells its caller about a prefill: while it runs, and when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ringspan.cluster.messages import Message, PrefillPlan
+from ringspan.errors import RingspanError
+from ringspan.types import Span
+
+
+class PrefillProgress(Message, frozen=True, kw_only=True):
+    """controller -> deploy: every rank is done with one more chunk."""
+
+    context_id: str
+    chunk_index: int
+    num_chunks: int
+    span: Span
+    tokens_done: int
+    num_tokens: int
+    elapsed_s: float
+    tokens_per_s: float
+    """Since the first chunk began."""
+    left_s: float
+    """By FLOPs, since a chunk costs more the more tokens lie before it."""
+    kv_bytes: int
+    """Encoded, held by all ranks so far."""
+    sent_bytes: int
+    """By all ranks so far."""
+
+
+class PrefillTimings(Message, frozen=True, kw_only=True):
+    """Seconds of each phase of a prefill."""
+
+    plan_s: float = 0.0
+    """Keys, plan, room in the store, memory on the ranks."""
+    prefill_s: float = 0.0
+    save_s: float = 0.0
+    """Pages written and synced by all ranks, and the context published."""
+    chunk_s: tuple[float, ...] = ()
+    """Of each chunk, the slowest rank's."""
+
+
+class PrefillDone(Message, frozen=True, kw_only=True):
+    """controller -> deploy: the context is on the gang and, if there is a store, in it."""
+
+    context_id: str
+    plan: PrefillPlan
+    reused: bool = False
+    """The store had it already: nothing was computed, and the gang does not hold it (`open`)."""
+    saved: bool = False
+    kv_bytes: int = 0
+    """Encoded, over all ranks."""
+    sent_bytes: int = 0
+    exchange_s: float = 0.0
+    """Waited for peers, summed over ranks (CPU ranks only)."""
+    flops: float = 0.0
+    timings: PrefillTimings = PrefillTimings()
+
+
+class Cancelled(RingspanError):
+    """The caller asked for an end; nothing half-written was left."""
+
+
+PrefillEvent = PrefillProgress
+OnEvent = Callable[[PrefillEvent], None]
+IsCancelled = Callable[[], bool]
+
+
+def ignore_event(event: PrefillEvent) -> None:
+    """For callers that do not look."""
+
+
+def never() -> bool:
+    """For callers that do not cancel."""
+    return False

@@ -1,0 +1,78 @@
+"""From what the ranks saved to the manifest of a stored context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringspan.cluster.messages import GangSpec, PrefillPlan, ShardSaved
+from ringspan.errors import StoreError
+from ringspan.kvstore.frame import ALIGN, aligned
+from ringspan.kvstore.keys import PUBLIC_NAMESPACE
+from ringspan.kvstore.manifest import Manifest
+from ringspan.kvstore.segment import read_frame
+from ringspan.types import Span
+
+HEAD_BYTES = 2 * ALIGN
+"""Of a page's frame on disk, at most."""
+RECORD_BYTES = 512
+"""Of a page in the manifest, at most."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a person wants to know of a context; no part of its identity."""
+
+    title: str = ""
+    sources: tuple[str, ...] = ()
+    """Paths as the user gave them."""
+    chat: bool = False
+    """The tokens begin with a chat template's opening, which an answer goes on with."""
+    document: Span | None = None
+    """Where the document lies between the template's prefix and suffix; None: everywhere."""
+
+
+def manifest_of(
+    plan: PrefillPlan,
+    spec: GangSpec,
+    saved: Sequence[ShardSaved],
+    staging: str,
+    description: Description,
+    *,
+    created_unix_s: float,
+) -> Manifest:
+    """Pages of all ranks in position order. Model, form and provenance are taken from the first
+    page as it lies on the disk: pages describe themselves. Raises StoreError, CorruptPage."""
+    pages = sorted(
+        (record for shard in saved for record in shard.records), key=lambda page: page.span
+    )
+    if not pages:
+        raise StoreError(f"context {plan.context_id}: no rank saved any page")
+    header = read_frame(Path(staging) / pages[0].segment, pages[0]).header
+    return Manifest(
+        context_id=plan.context_id,
+        model=spec.model,
+        origin=header.origin,
+        form=header.form,
+        namespace=PUBLIC_NAMESPACE.hex(),
+        num_tokens=plan.num_tokens,
+        layout=plan.layout,
+        chunk_tokens=plan.chunk_tokens,
+        world_size=spec.world_size,
+        created_unix_s=created_unix_s,
+        title=description.title,
+        sources=description.sources,
+        chat=description.chat,
+        document_tokens=description.document or Span(0, plan.num_tokens),
+        payload_bytes=sum(page.payload_bytes for page in pages),
+        pages=tuple(pages),
+    )
+
+
+def store_bytes(plan: PrefillPlan, kv_bytes: int) -> int:
+    """What a context takes on disk, at most: frames, tokens, manifest."""
+    num_pages = -(-plan.num_tokens // plan.page_tokens)
+    page_bytes = kv_bytes * plan.page_tokens // plan.num_tokens
+    frames = num_pages * (HEAD_BYTES + aligned(page_bytes))
+    return frames + num_pages * RECORD_BYTES + 4 * plan.num_tokens + ALIGN

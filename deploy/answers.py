@@ -1,0 +1,104 @@
+"""How one speaks with a context: questions to token ids, tokens of an answer to text.
+
+A chat model's context opens a turn of its template, and a question goes on with it. A plain one is
+continued word for word. A model without a tokenizer takes and gives token ids, as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from ringspan.deploy.text_stream import TextStream
+from ringspan.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ringspan.attention.models.chat import ChatFrame
+    from ringspan.kvstore.manifest import Manifest
+
+
+class Pieces(Protocol):
+    """An answer on its way: `TextStream`, or numbers."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class Voice:
+    """Made by `voice_for`."""
+
+    def __init__(
+        self,
+        first: Callable[[str], tuple[int, ...]],
+        following: Callable[[str], tuple[int, ...]],
+        stream: Callable[[], Pieces],
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        self.first = first
+        """Ids of a question that begins a session. BadInput for one that cannot be asked."""
+        self.following = following
+        """Ids of a question behind an answer."""
+        self.stream = stream
+        self.stop_ids = stop_ids
+
+
+def voice_for(manifest: Manifest) -> Voice:
+    """By the context's model and the way it was prefilled."""
+    from ringspan.attention.models.chat import split_chat
+    from ringspan.attention.models.tokenizer import encode_plain, load_tokenizer
+
+    tokenizer = load_tokenizer(manifest.model)
+    if tokenizer is None:
+        return Voice(numbers, numbers, NumberStream, stop_ids=())
+    frame = split_chat(tokenizer)
+    assert frame is not None  # it is None for models without a tokenizer alone
+    if manifest.chat:
+        return _chat_voice(tokenizer, frame)
+
+    def as_typed(question: str) -> tuple[int, ...]:
+        return tuple(encode_plain(tokenizer, [question])[0])
+
+    return Voice(as_typed, as_typed, _text_streams(tokenizer), frame.stop_ids)
+
+
+def _chat_voice(tokenizer: PreTrainedTokenizerBase, frame: ChatFrame) -> Voice:
+    return Voice(frame.after, frame.next_turn, _text_streams(tokenizer), frame.stop_ids)
+
+
+def _text_streams(tokenizer: PreTrainedTokenizerBase) -> Callable[[], TextStream]:
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    return lambda: TextStream(decode)
+
+
+def numbers(question: str) -> tuple[int, ...]:
+    """`5 17 9` -> (5, 17, 9)."""
+    try:
+        ids = tuple(int(word) for word in question.replace(",", " ").split())
+    except ValueError:
+        ids = ()
+    if not ids or min(ids) < 0:
+        raise BadInput(
+            f"question {question!r}: this context's model has no tokenizer; wanted token ids,"
+            " such as '5 17 9'"
+        )
+    return ids
+
+
+class NumberStream:
+    """Token ids, a space between them."""
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def push(self, token_id: int) -> str:
+        text = f" {token_id}" if self._begun else str(token_id)
+        self._begun = True
+        return text
+
+    def finish(self) -> str:
+        return ""

@@ -1,0 +1,164 @@
+"""`ringspan ask`: questions on a stored context, answered token by token.
+
+Model, dtype and rope scaling are the context's own. Each question begins a session of its own on
+the context; with --chat they go on from one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Annotated
+
+import msgspec
+import typer
+
+from ringspan.cluster.controller import Controller
+from ringspan.deploy.answers import Voice, voice_for
+from ringspan.deploy.checks import check_gang
+from ringspan.deploy.commands import options
+from ringspan.deploy.commands.contexts import existing
+from ringspan.deploy.gangs import open_gang
+from ringspan.deploy.questions import check_given, questions
+from ringspan.deploy.record import Answered, recording
+from ringspan.errors import BadInput
+from ringspan.kvstore.folder import Store
+
+Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
+Questions = Annotated[
+    list[str] | None, typer.Argument(help="Questions; without any they are read from stdin.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Of one answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample within this share of probability.")]
+SamplingSeed = Annotated[int | None, typer.Option("--seed", help="Of sampling; default: a new one.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Each question goes on from the last answer.")]
+
+
+def ask(
+    context: Context,
+    question: Questions = None,
+    store: options.Store = options.DEFAULT_STORE,
+    ranks: options.Ranks = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = None,
+    chat: Chat = False,
+    transport: options.Transport = "auto",
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+    local: options.Local = False,
+    timeout: options.Timeout = 60.0,
+    json: options.Json = None,
+) -> None:
+    """Ask a stored context; answers stream to stdout."""
+    asked = options.as_asked(locals())
+    given = question or []
+    with recording(json, asked) as record, contextlib.ExitStack() as stack:
+        _check_sampling(max_tokens, temperature, top_p)
+        check_given(given)
+        folder = Store(existing(store))
+        manifest = folder.manifest(context)
+        record.context_id = manifest.context_id
+        spec = options.gang_spec(
+            msgspec.structs.replace(manifest.model, dtype=manifest.form.dtype),
+            ranks=ranks,
+            transport=transport,
+            device=device,
+            backend=backend,
+            threads=threads,
+            timeout_s=timeout,
+        )
+        check_gang(spec, local)
+        voice = voice_for(manifest)
+        for text in given:
+            voice.first(text)  # whatever cannot be asked is refused before anything is started
+        with record.phase("start"):
+            gang = stack.enter_context(open_gang(spec, local))
+        record.ranks = gang.ready
+        controller = Controller(gang, folder)
+        with record.phase("open"):
+            handle = controller.open(manifest.context_id)
+        session = None
+        for number, text in enumerate(questions(given)):
+            ids = voice.following(text) if session else voice.first(text)
+            session = session or controller.begin_session(handle.context_id)
+            if len(given) > 1 or (not given and not sys.stdin.isatty()):
+                print(f"{chr(10) if number else ''}> {text}", flush=True)
+            record.answers.append(
+                _answer(
+                    controller,
+                    voice,
+                    text,
+                    ids,
+                    session,
+                    handle.context_id,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                )
+            )
+            if not chat:
+                controller.end_session(session)
+                session = None
+
+
+def _answer(
+    controller: Controller,
+    voice: Voice,
+    question: str,
+    ids: tuple[int, ...],
+    session: str,
+    context_id: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+) -> Answered:
+    """Prints the answer as it comes."""
+    began = time.perf_counter()
+    first_s, count, reason = 0.0, 0, "length"
+    pieces: list[str] = []
+    stream = voice.stream()
+    for token in controller.ask(
+        session,
+        context_id,
+        ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=voice.stop_ids,
+    ):
+        count += 1
+        first_s = first_s or time.perf_counter() - began
+        if token.finish_reason == "stop":
+            reason = "stop"
+            break
+        pieces.append(stream.push(token.token_id))
+        print(pieces[-1], end="", flush=True)
+    pieces.append(stream.finish())
+    print(pieces[-1], flush=True)
+    return Answered(
+        question=question,
+        answer="".join(pieces),
+        question_tokens=len(ids),
+        answer_tokens=count,
+        first_token_s=first_s,
+        elapsed_s=time.perf_counter() - began,
+        finish_reason=reason,
+    )
+
+
+def _check_sampling(max_tokens: int, temperature: float, top_p: float) -> None:
+    if max_tokens < 1:
+        raise BadInput(f"--max-tokens {max_tokens}: wanted at least 1")
+    if temperature < 0:
+        raise BadInput(f"--temperature {temperature:g}: wanted 0 (the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise BadInput(f"--top-p {top_p:g}: wanted more than 0, at most 1")

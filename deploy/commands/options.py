@@ -1,0 +1,127 @@
+"""Options that several commands share, with one text each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.deploy.machine import gpus, usable_cores
+from ringspan.deploy.record import Asked
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="smollm2, a folder, a hub id, a .gguf, random:<config>, or retriever.",
+    ),
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option("--ranks", "-p", help="Ranks; default: the GPUs, or 2 on a CPU of 2 cores."),
+]
+Transport = Annotated[
+    str,
+    typer.Option(
+        "--transport", help="auto, nccl, gloo, or loopback (all ranks in one process, one device)."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Backend = Annotated[
+    str, typer.Option("--backend", help="Local attention: auto, or a name `doctor` prints.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, float16."
+    ),
+]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        "--rope-scaling", help="Stretch the model's positions: yarn:4, linear:2, theta:500000."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of random weights, or of sampling.")]
+Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8.")]
+Store = Annotated[
+    Path,
+    typer.Option("--store", envvar="RINGSPAN_STORE", help="Folder that keeps the contexts."),
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write a JSON record of the run to this file.")
+]
+Local = Annotated[
+    bool,
+    typer.Option("--local", help="Without Ray: all ranks in this process (transport loopback)."),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", help="CPU threads of one rank; 0 deals the cores evenly.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", help="Seconds a rank waits for a peer before it gives up.")
+]
+
+DEFAULT_STORE = Path("ringspan-store")
+
+
+def default_ranks(device: str) -> int:
+    """One rank a GPU; without any, two on a CPU that has two cores."""
+    boards = 0 if device == "cpu" else len(gpus())
+    return boards or min(2, usable_cores())
+
+
+def gang_spec(
+    model: ModelSpec,
+    *,
+    ranks: int | None,
+    transport: str,
+    device: str,
+    backend: str,
+    threads: int,
+    timeout_s: float,
+) -> GangSpec:
+    """The gang that the options ask for; not yet checked."""
+    return GangSpec(
+        world_size=default_ranks(device) if ranks is None else ranks,
+        model=model,
+        transport=transport,
+        device=device,
+        backend=backend,
+        threads=threads,
+        timeout_s=timeout_s,
+    )
+
+
+def as_asked(given: Mapping[str, object]) -> Asked:
+    """A command's own arguments, for its record."""
+    asked: Asked = {}
+    for name, value in given.items():
+        if isinstance(value, list):
+            asked[name.rstrip("_")] = [str(item) for item in value]
+        elif isinstance(value, str | int | float | bool | None):
+            asked[name.rstrip("_")] = value
+        else:
+            asked[name.rstrip("_")] = str(value)
+    return asked
+
+
+def spread_inputs(arguments: Sequence[str]) -> list[str]:
+    """`--input a b --ranks 2` -> `--input a --input b --ranks 2`: an option takes one value, but
+    a shell's `src/*.py` gives many."""
+    spread: list[str] = []
+    taking = first = False
+    for word in arguments:
+        option = word.startswith("-") and word != "-"
+        if option:
+            taking = first = word in ("--input", "-i")
+        elif taking:
+            if not first:
+                spread.append("--input")
+            first = False
+        spread.append(word)
+    return spread

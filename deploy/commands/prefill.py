@@ -1,0 +1,195 @@
+"""`ringspan prefill`: a document through the model once, its KV into the store.
+
+Everything that can be refused without a model or a Ray is refused first; the context appears in
+the store when all of it is there, or not at all. stdout has the context's id alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from ringspan.attention.models.facts import prefill_flops
+from ringspan.cluster.controller import Controller
+from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.cluster.planner import PrefillOptions, explain
+from ringspan.cluster.stored import Description
+from ringspan.deploy.checks import (
+    check_gang,
+    check_model,
+    check_plan_names,
+    check_size,
+    check_store_folder,
+)
+from ringspan.deploy.commands import options
+from ringspan.deploy.gangs import open_gang
+from ringspan.deploy.inputs import gather
+from ringspan.deploy.progress import bytes_words, meter
+from ringspan.deploy.record import RunRecord, prefilled, recording
+from ringspan.deploy.tokenise import Prepared, describe_sources, prepare
+from ringspan.errors import BadInput
+from ringspan.kvstore.folder import Store
+
+Input = Annotated[
+    list[str],
+    typer.Option(
+        "--input", "-i", help="Files, folders, a .npy of token ids, or - for stdin; several may be."
+    ),
+]
+Pattern = Annotated[
+    list[str] | None,
+    typer.Option("--pattern", help="Of a folder's files take those that match (repeatable)."),
+]
+Scheme = Annotated[str, typer.Option("--scheme", help="auto, ring, all-gather.")]
+Layout = Annotated[str, typer.Option("--layout", help="auto, zigzag, striped, contiguous.")]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option("--chunk-tokens", help="Tokens of one step over all ranks; whole pages."),
+]
+LimitTokens = Annotated[
+    int | None, typer.Option("--limit-tokens", help="Take only the document's first N tokens.")
+]
+Again = Annotated[
+    bool, typer.Option("--again", help="Prefill even if the store has this context; replaces it.")
+]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="The text as it is, without the model's chat template.")
+]
+Title = Annotated[str, typer.Option("--title", help="What `contexts list` calls it.")]
+
+
+def prefill(
+    model: options.Model,
+    input_: Input,
+    pattern: Pattern = None,
+    ranks: options.Ranks = None,
+    transport: options.Transport = "auto",
+    device: options.Device = "auto",
+    scheme: Scheme = "auto",
+    layout: Layout = "auto",
+    codec: options.Codec = "raw",
+    chunk_tokens: ChunkTokens = None,
+    rope_scaling: options.RopeScaling = None,
+    dtype: options.Dtype = "auto",
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+    seed: options.Seed = 0,
+    store: options.Store = options.DEFAULT_STORE,
+    limit_tokens: LimitTokens = None,
+    again: Again = False,
+    plain: Plain = False,
+    title: Title = "",
+    local: options.Local = False,
+    timeout: options.Timeout = 60.0,
+    json: options.Json = None,
+) -> None:
+    """Prefill a document and keep its KV; prints the context's id."""
+    asked = options.as_asked(locals())
+    spec = options.gang_spec(
+        ModelSpec(name=model, dtype=dtype, rope_scaling=rope_scaling, seed=seed),
+        ranks=ranks,
+        transport=transport,
+        device=device,
+        backend=backend,
+        threads=threads,
+        timeout_s=timeout,
+    )
+    with recording(json, asked) as record:
+        with record.phase("read"):
+            _check_numbers(limit_tokens, chunk_tokens)
+            check_store_folder(store)
+            inputs = gather(input_, pattern or [])
+        _say(f"read {inputs.describe()}")
+        with record.phase("tokenise"):
+            check_plan_names(codec, scheme, layout)
+            check_gang(spec, local)
+            facts = check_model(spec)
+            prepared = prepare(
+                inputs, input_, spec.model, facts, plain=plain, limit_tokens=limit_tokens
+            )
+            check_size(facts, len(prepared.token_ids), chunk_tokens)
+        _say(f"{len(prepared.token_ids):,} tokens for {model} ({facts.family})")
+        _run(
+            record,
+            spec,
+            prepared,
+            wanted=PrefillOptions(
+                layout=layout, scheme=scheme, codec=codec, chunk_tokens=chunk_tokens
+            ),
+            description=Description(
+                title=title,
+                sources=describe_sources(input_),
+                chat=prepared.chat,
+                document=prepared.document,
+            ),
+            store=Store(store),
+            again=again,
+            local=local,
+        )
+        _say(f"ask it: ringspan ask {record.context_id} --store {store} \"...\"")
+        print(record.context_id)
+
+
+def _run(
+    record: RunRecord,
+    spec: GangSpec,
+    prepared: Prepared,
+    *,
+    wanted: PrefillOptions,
+    description: Description,
+    store: Store,
+    again: bool,
+    local: bool,
+) -> None:
+    """Gang, prefill, save; figures into the record."""
+    with contextlib.ExitStack() as stack:
+        with record.phase("start"):
+            gang = stack.enter_context(open_gang(spec, local))
+        record.ranks = gang.ready
+        controller = Controller(gang, store)
+        plan = controller.plan(prepared.token_ids, wanted)
+        for line in explain(plan, controller.facts, gang.ready).splitlines():
+            _say(line)
+        with meter(
+            "prefill",
+            plan.num_tokens,
+            work=lambda tokens: prefill_flops(controller.facts, tokens),
+        ) as progress:
+            done = controller.prefill(
+                prepared.token_ids,
+                wanted,
+                description=description,
+                on_event=lambda event: progress.update(
+                    event.tokens_done, f"KV {bytes_words(event.kv_bytes)}"
+                ),
+                again=again,
+            )
+    record.context_id, record.plan = done.context_id, done.plan
+    if done.reused:
+        _say(f"the store has context {done.context_id} already; --again prefills it anew")
+        return
+    record.add_phase("plan", done.timings.plan_s)
+    record.add_phase("prefill", done.timings.prefill_s)
+    record.add_phase("save", done.timings.save_s)
+    record.prefill = prefilled(done, record.ranks)
+    _say(
+        f"prefilled {done.plan.num_tokens:,} tokens in {done.timings.prefill_s:.1f} s"
+        f" ({record.prefill.tokens_per_s:,.0f} tokens/s,"
+        f" {record.prefill.tflops_per_device:.3g} TFLOP/s a device);"
+        f" saved {bytes_words(done.kv_bytes)} in {done.timings.save_s:.1f} s"
+    )
+
+
+def _check_numbers(limit_tokens: int | None, chunk_tokens: int | None) -> None:
+    if limit_tokens is not None and limit_tokens < 1:
+        raise BadInput(f"--limit-tokens {limit_tokens}: wanted at least 1")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise BadInput(f"--chunk-tokens {chunk_tokens}: wanted a multiple of a page (128 tokens)")
+
+
+def _say(text: str) -> None:
+    """For the person, not for a pipe."""
+    print(f"ringspan: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,120 @@
+"""Read a whole stored context and say what is wrong with it, page by page."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ringspan.errors import CorruptPage, StoreError
+from ringspan.kvstore.manifest import read_manifest
+from ringspan.kvstore.segment import read_frame, where_is
+from ringspan.kvstore.tokens import TOKENS, read_tokens
+from ringspan.kvstore.transfer import check_context
+from ringspan.types import Span
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ringspan.cluster.messages import PageRecord
+    from ringspan.kvstore.manifest import Manifest
+
+Progress = Callable[[int, int], None]
+"""(pages read, pages in all)."""
+
+
+class BadPage(msgspec.Struct, frozen=True, kw_only=True):
+    """A page that may not be used."""
+
+    key: str
+    span: Span
+    segment: str
+    offset: int
+    what: str
+
+
+class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `verify` read and found."""
+
+    context_id: str
+    num_pages: int
+    payload_bytes: int
+    problems: tuple[str, ...]
+    """With the manifest or the tokens: the context as a whole cannot be used."""
+    bad_pages: tuple[BadPage, ...]
+    elapsed_s: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and not self.bad_pages
+
+
+def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> VerifyReport:
+    """Read and verify every frame of the context in `folder`, its tokens and its key chain.
+
+    Raises nothing: all damage goes into the report.
+    """
+    began = time.perf_counter()
+    problems: list[str] = []
+    bad: list[BadPage] = []
+    records: tuple[PageRecord, ...] = ()
+    try:
+        manifest = read_manifest(folder)
+        records = manifest.pages
+    except StoreError as error:
+        problems.append(str(error))
+    else:
+        try:
+            read_tokens(folder / TOKENS, manifest)
+        except StoreError as error:
+            problems.append(str(error))
+        bad = _verify_pages(folder, manifest, progress, readers)
+    return VerifyReport(
+        context_id=folder.name,
+        num_pages=len(records),
+        payload_bytes=sum(record.payload_bytes for record in records),
+        problems=tuple(problems),
+        bad_pages=tuple(bad),
+        elapsed_s=time.perf_counter() - began,
+    )
+
+
+def _verify_pages(
+    folder: Path, manifest: Manifest, progress: Progress | None, readers: int
+) -> list[BadPage]:
+    bad: list[BadPage] = []
+    pending: deque[tuple[PageRecord, Future[str | None]]] = deque()
+    done = 0
+    with ThreadPoolExecutor(readers, "verify") as pool:
+        for record in (*manifest.pages, None):
+            while pending and (record is None or len(pending) > 2 * readers):
+                read, future = pending.popleft()
+                what = future.result()
+                if what is not None:
+                    bad.append(_bad_page(read, what))
+                done += 1
+                if progress is not None:
+                    progress(done, len(manifest.pages))
+            if record is not None:
+                pending.append((record, pool.submit(_problem, folder, manifest, record)))
+    return bad
+
+
+def _problem(folder: Path, manifest: Manifest, record: PageRecord) -> str | None:
+    path = folder / record.segment
+    try:
+        page = read_frame(path, record)
+        check_context(page.header, manifest, where_is(path, record))
+    except (CorruptPage, StoreError) as error:
+        return str(error)
+    return None
+
+
+def _bad_page(record: PageRecord, what: str) -> BadPage:
+    return BadPage(
+        key=record.key, span=record.span, segment=record.segment, offset=record.offset, what=what
+    )

@@ -1,0 +1,103 @@
+"""Host buffers that pages pass through between a shard and a file, several pages at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ringspan.kvstore.frame import aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ringspan.kvstore.shard import ContextShard
+
+BATCH_BYTES = 64 << 20
+"""Of payload that one buffer holds; a page that is larger goes alone."""
+
+
+class Batch(NamedTuple):
+    """Consecutive pages of equal length."""
+
+    first: int
+    """Index of its first page among the pages moved."""
+    pages: int
+    tokens: int
+    """Of each page."""
+    row: int
+    """Of the shard, where its first page lies."""
+
+
+def batches(lengths: Sequence[int], token_bytes: int, row: int) -> list[Batch]:
+    """Pages of `lengths` tokens, which follow each other from `row` on, in buffer's loads."""
+    found: list[Batch] = []
+    at = 0
+    while at < len(lengths):
+        tokens = lengths[at]
+        most = max(1, BATCH_BYTES // (tokens * token_bytes))
+        stop = at
+        while stop < len(lengths) and stop - at < most and lengths[stop] == tokens:
+            stop += 1
+        found.append(Batch(at, stop - at, tokens, row))
+        row += (stop - at) * tokens
+        at = stop
+    return found
+
+
+class Buffer:
+    """Room for one batch: pinned beside a GPU, where copies run while the host goes on.
+
+    Each page begins at a multiple of 4 KiB and what lies between two is zero, as on disk.
+    """
+
+    def __init__(self, device: torch.device, size_bytes: int) -> None:
+        gpu = device.type == "cuda"
+        self._host = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=gpu)
+        self._device = torch.empty(size_bytes, dtype=torch.uint8, device=device) if gpu else None
+        self._copied = torch.cuda.Event() if gpu else None
+        self._bytes = memoryview(self._host.numpy())
+
+    def page(self, index: int, page_bytes: int) -> memoryview:
+        """Page `index` of the batch, with the zeros behind it: a multiple of 4 KiB."""
+        stride = aligned(page_bytes)
+        return self._bytes[index * stride : (index + 1) * stride]
+
+    def take(self, shard: ContextShard, batch: Batch) -> None:
+        """Start copying the batch out of the shard; `wait` before its bytes are read."""
+        page_bytes = batch.tokens * shard.token_bytes
+        stage = self._host if self._device is None else self._device
+        rows = _rows(stage, batch.pages, page_bytes)
+        shard.gather(batch.row, batch.tokens, rows[:, :page_bytes])
+        rows[:, page_bytes:].zero_()
+        if self._device is not None and self._copied is not None:
+            size = rows.numel()
+            self._host[:size].copy_(self._device[:size], non_blocking=True)
+            self._copied.record()
+
+    def give(self, shard: ContextShard, batch: Batch) -> None:
+        """Start copying the batch into reserved rows; `wait` before the buffer is used again."""
+        page_bytes = batch.tokens * shard.token_bytes
+        rows = _rows(self._host, batch.pages, page_bytes)
+        if self._device is not None and self._copied is not None:
+            size = rows.numel()
+            self._device[:size].copy_(self._host[:size], non_blocking=True)
+            self._copied.record()
+            rows = _rows(self._device, batch.pages, page_bytes)
+        shard.fill(batch.row, batch.tokens, rows[:, :page_bytes])
+
+    def wait(self) -> None:
+        """Until the copy between host and device is done."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def buffer_bytes(load: Sequence[Batch], token_bytes: int) -> int:
+    """Size of a buffer that takes any of these batches."""
+    return max((batch.pages * aligned(batch.tokens * token_bytes) for batch in load), default=0)
+
+
+def _rows(data: torch.Tensor, pages: int, page_bytes: int) -> torch.Tensor:
+    """[pages, aligned(page_bytes)] of a buffer's beginning."""
+    stride = aligned(page_bytes)
+    return data[: pages * stride].view(pages, stride)

@@ -1,0 +1,247 @@
+"""A store: a folder in which contexts outlive their ranks.
+
+    ROOT/contexts/<context id>/   manifest.json  tokens.npy  rank-0.seg  rank-1.seg ...
+    ROOT/staging/<id>-<nonce>/    contexts being written: never listed
+    ROOT/trash/<id>-<nonce>/      contexts being removed: never listed
+
+A context appears by one rename of a folder whose files are all on the disk, and goes by one
+rename. What a dead process left in staging or trash is removed by the next `Store`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ringspan.errors import BadInput, StoreError, UnknownName
+from ringspan.kvstore import staging
+from ringspan.kvstore.audit import Progress, VerifyReport, verify
+from ringspan.kvstore.exchange import swap
+from ringspan.kvstore.manifest import (
+    CONTEXT_NAME,
+    MANIFEST,
+    Manifest,
+    assign_pages,
+    encode_manifest,
+    read_manifest,
+    sealed,
+)
+from ringspan.kvstore.segment import room_bytes, store_error
+from ringspan.kvstore.tokens import TOKENS, encode_tokens, read_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+
+__all__ = ["Store", "assign_pages", "segment_path"]
+
+
+class Store:
+    """The contexts in one folder, which need not exist yet. Raises `StoreError`, `UnknownName`."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        staging.remove_stale(self.root / "staging")
+        staging.remove_stale(self.root / "trash", stale_s=0.0)
+
+    # writing
+
+    def check_room(self, need_bytes: int) -> None:
+        """The folder can be made and written and has room for so much, or `StoreError`."""
+        probe = self.root / "staging" / f"probe-{secrets.token_hex(4)}"
+        try:
+            (self.root / "contexts").mkdir(parents=True, exist_ok=True)
+            probe.parent.mkdir(exist_ok=True)
+            probe.write_bytes(b"ringspan")
+            probe.unlink()
+        except OSError as error:
+            raise store_error(error, "cannot write to the store folder", self.root) from None
+        free = room_bytes(self.root)
+        if need_bytes > free:
+            raise StoreError(
+                f"the context needs {need_bytes / 1e9:.2f} GB in {self.root}, which has "
+                f"{free / 1e9:.2f} GB free: free space, use --codec int8 or another --store"
+            )
+
+    def stage(self, context_id: str, token_ids: np.ndarray) -> str:
+        """A new folder for ranks to write segments to, with the context's tokens in it.
+
+        token_ids: [n] integers. Ends in `publish` or `abort`.
+        """
+        if not CONTEXT_NAME.fullmatch(context_id):
+            raise BadInput(f"context id {context_id!r}: wanted 16 hex characters")
+        folder: Path | None = None
+        try:
+            folder = staging.new_folder(self.root / "staging", context_id)
+            _write_file(folder / TOKENS, encode_tokens(token_ids))
+        except OSError as error:
+            if folder is not None:
+                self.abort(str(folder))
+            raise store_error(error, "cannot stage in", self.root) from None
+        return str(folder)
+
+    @contextmanager
+    def staged(self, context_id: str, token_ids: np.ndarray) -> Iterator[str]:
+        """`stage`, and `abort` when the body fails."""
+        folder = self.stage(context_id, token_ids)
+        try:
+            yield folder
+        except BaseException:
+            self.abort(folder)
+            raise
+
+    def publish(self, staging_folder: str, manifest: Manifest) -> Manifest:
+        """Make the staged context visible, durable and whole; gives back the sealed manifest.
+
+        A context of that name that exists already is replaced in one step. Repeating a publish
+        that was done does no harm. On any error the staging folder is removed.
+        """
+        folder = Path(staging_folder)
+        manifest = sealed(manifest)
+        target = self._folder(manifest.context_id)
+        if not folder.exists() and self._is_published(manifest):
+            return manifest
+        try:
+            self._check_staged(folder, manifest)
+            _write_file(folder / MANIFEST, encode_manifest(manifest))
+            _sync_folder(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                trash = self._trash(manifest.context_id)
+                swap(folder, target, trash)
+                shutil.rmtree(trash, ignore_errors=True)
+            else:
+                os.rename(folder, target)
+            staging.disown(target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            self.abort(staging_folder)
+            raise store_error(error, "cannot publish in", self.root) from None
+        except BaseException:
+            self.abort(staging_folder)
+            raise
+        return manifest
+
+    def abort(self, staging_folder: str) -> None:
+        """Remove a staging folder and all in it. Repeating it does no harm."""
+        folder = Path(staging_folder)
+        if folder.parent != self.root / "staging":
+            raise ValueError(f"{folder} is no staging folder of {self.root}")
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def remove(self, context_id: str) -> None:
+        """Remove a context (id or prefix). Once renamed to trash it is not listed any more."""
+        name = self.find(context_id)
+        try:
+            trash = self._trash(name)
+            os.rename(self._folder(name), trash)
+            _sync_folder(self.root / "contexts")
+        except OSError as error:
+            raise store_error(error, f"cannot remove context {name} in", self.root) from None
+        shutil.rmtree(trash, ignore_errors=True)
+
+    # reading
+
+    def ids(self) -> list[str]:
+        """Ids of all contexts, damaged ones too."""
+        try:
+            names = os.listdir(self.root / "contexts")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise store_error(error, "cannot read the store folder", self.root) from None
+        return sorted(name for name in names if CONTEXT_NAME.fullmatch(name))
+
+    def find(self, prefix: str) -> str:
+        """The one id that begins with `prefix`; UnknownName, or BadInput when several do."""
+        ids = self.ids()
+        found = [name for name in ids if prefix and name.startswith(prefix)]
+        if not found:
+            raise UnknownName("context", prefix, ids)
+        if len(found) > 1:
+            raise BadInput(f"context {prefix!r} is ambiguous: {', '.join(found)}; give more of it")
+        return found[0]
+
+    def manifest(self, context_id: str) -> Manifest:
+        """Of an id or its prefix."""
+        name = self.find(context_id)
+        return read_manifest(self._folder(name))
+
+    def contexts(self) -> tuple[list[Manifest], list[str]]:
+        """(manifests, newest first; one line about each context whose manifest is damaged)."""
+        good: list[Manifest] = []
+        damaged: list[str] = []
+        for name in self.ids():
+            try:
+                good.append(self.manifest(name))
+            except UnknownName:
+                continue  # removed since it was listed
+            except StoreError as error:
+                damaged.append(str(error))
+        return sorted(good, key=lambda m: -m.created_unix_s), damaged
+
+    def tokens(self, manifest: Manifest) -> np.ndarray:
+        """int32 [num_tokens], checked against the keys of every page."""
+        return read_tokens(self._folder(manifest.context_id) / TOKENS, manifest)
+
+    def verify(self, context_id: str, progress: Progress | None = None) -> VerifyReport:
+        """Read every frame of a context (id or prefix); see `kvstore.audit`."""
+        name = self.find(context_id)
+        return verify(self._folder(name), progress)
+
+    def folder(self, manifest: Manifest) -> Path:
+        """Where the context's segments lie."""
+        return self._folder(manifest.context_id)
+
+    def _folder(self, context_id: str) -> Path:
+        return self.root / "contexts" / context_id
+
+    def _trash(self, context_id: str) -> Path:
+        folder = self.root / "trash"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{context_id}-{secrets.token_hex(4)}"
+
+    def _is_published(self, manifest: Manifest) -> bool:
+        try:
+            return self.manifest(manifest.context_id).checksum == manifest.checksum
+        except (StoreError, UnknownName):
+            return False
+
+    def _check_staged(self, folder: Path, manifest: Manifest) -> None:
+        read_tokens(folder / TOKENS, manifest)
+        ends: dict[str, int] = {}
+        for page in manifest.pages:
+            end = page.offset + page.frame_bytes
+            ends[page.segment] = max(end, ends.get(page.segment, 0))
+        for segment, end in ends.items():
+            size = (folder / segment).stat().st_size
+            if size != end:
+                raise StoreError(
+                    f"{folder.name}/{segment} has {size} bytes, its pages end at {end}: it was "
+                    f"not written whole"
+                )
+
+
+def segment_path(staging_folder: str, rank: int) -> Path:
+    """The one segment that a rank writes."""
+    return Path(staging_folder) / f"rank-{rank}.seg"
+
+
+def _write_file(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

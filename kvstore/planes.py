@@ -1,0 +1,123 @@
+"""The bytes of pages: from a shard's tensors to payloads, back, and their sums.
+
+A payload is a page's planes in layer order; a plane is its tensors' bytes in the codec's order:
+
+    payload = for layer in 0..L-1: for t in tensors: bytes of layers[layer][t][row : row + tokens]
+    plane_sum(layer) = sum over t of sum64(bytes of tensor t, seed t + 1)   mod 2^64
+
+Pages that follow each other in a shard lie at equal distances, so that one copy per (layer,
+tensor) moves many pages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ringspan.kernels.sum64 import sum64_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ringspan.attention.kv import TensorSpec
+
+Layers = tuple[tuple[torch.Tensor, ...], ...]
+"""[layer][tensor], each [capacity, *spec.shape]."""
+
+GROUP_BYTES = 32 << 20
+"""What a sum takes of one tensor at a time: bounds its scratch memory."""
+
+
+def tensor_token_bytes(tensor: torch.Tensor) -> int:
+    return math.prod(tensor.shape[1:]) * int(tensor.element_size())
+
+
+def page_views(
+    layers: Layers, row: int, tokens: int, payloads: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(tensor part, payload part) of each (layer, tensor), both [pages, bytes / width].
+
+    As 8-byte words where everything is a multiple of 8, which copies faster, else as bytes.
+    """
+    pages = payloads.shape[0]
+    widths = [tokens * tensor_token_bytes(tensor) for tensor in layers[0]]
+    if payloads.shape[1] != sum(widths) * len(layers):
+        raise ValueError(
+            f"payloads of {payloads.shape[1]} bytes for pages of {sum(widths) * len(layers)}"
+        )
+    words = all(width % 8 == 0 for width in widths) and payloads.data_ptr() % 8 == 0
+    words = words and payloads.stride(0) % 8 == 0
+    kind, size = (torch.int64, 8) if words else (torch.uint8, 1)
+    payloads = payloads.view(kind)
+    at = 0
+    for layer in layers:
+        for tensor, width in zip(layer, widths, strict=True):
+            rows = tensor[row : row + pages * tokens].reshape(-1).view(torch.uint8)
+            yield (
+                rows.view(kind).view(pages, width // size),
+                payloads[:, at // size : (at + width) // size],
+            )
+            at += width
+
+
+def gather(layers: Layers, row: int, tokens: int, out: torch.Tensor) -> None:
+    """Pages of `tokens` tokens from `row` on -> out [pages, payload] uint8, same device or not."""
+    for held, payload in page_views(layers, row, tokens, out):
+        payload.copy_(held)
+
+
+def scatter(layers: Layers, row: int, tokens: int, payloads: torch.Tensor) -> None:
+    """payloads [pages, payload] uint8 -> the rows from `row` on."""
+    for held, payload in page_views(layers, row, tokens, payloads):
+        held.copy_(payload)
+
+
+def page_sums(layers: Layers, row: int, tokens: int, pages: int) -> np.ndarray:
+    """Plane sums of consecutive pages: uint64 [pages, layers]."""
+    sums = torch.zeros((len(layers), pages), dtype=torch.int64, device=layers[0][0].device)
+    for layer, tensors in enumerate(layers):
+        for t, tensor in enumerate(tensors):
+            width = tokens * tensor_token_bytes(tensor)
+            flat = tensor[row : row + pages * tokens].reshape(-1).view(torch.uint8)
+            group = max(1, GROUP_BYTES // max(1, width))
+            for first in range(0, pages, group):
+                last = min(first + group, pages)
+                part = flat[first * width : last * width].view(last - first, width)
+                sums[layer, first:last] += sum64_rows(part, t + 1)  # wraps around, as meant
+    found: np.ndarray = sums.T.contiguous().cpu().numpy().view(np.uint64)
+    return found
+
+
+def all_page_sums(
+    layers: Layers, lengths: Sequence[int], page_tokens: int, row: int = 0
+) -> list[list[int]]:
+    """Plane sums of pages that follow each other from `row` on; only the last may be short."""
+    full = sum(tokens == page_tokens for tokens in lengths)
+    found: list[list[int]] = []
+    if full:
+        found += page_sums(layers, row, page_tokens, full).tolist()
+    if full < len(lengths):
+        found += page_sums(layers, row + full * page_tokens, lengths[-1], 1).tolist()
+    return found
+
+
+def payload_sums(
+    payload: memoryview, specs: Sequence[TensorSpec], num_layers: int, tokens: int
+) -> list[int]:
+    """Plane sums of one page from its payload alone, on the CPU."""
+    data = bytes_tensor(payload).view(num_layers, -1)
+    sums = torch.zeros(num_layers, dtype=torch.int64)
+    at = 0
+    for t, spec in enumerate(specs):
+        width = tokens * math.prod(spec.shape) * int(spec.dtype.itemsize)
+        sums += sum64_rows(data[:, at : at + width], t + 1)
+        at += width
+    return [int(value) for value in sums.numpy().view(np.uint64)]
+
+
+def bytes_tensor(data: memoryview) -> torch.Tensor:
+    """uint8 [bytes] over the same memory; a copy where it is read-only, which torch refuses."""
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)

@@ -1,0 +1,199 @@
+"""A gang of real Ray actors, with ranks that do next to nothing: calls, streams, deaths, hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray.cloudpickle import register_pickle_by_value
+from ray.util import placement_group_table
+
+from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.cluster.ray_cluster import connect
+from ringspan.cluster.ray_gang import RayGang
+from ringspan.errors import PeerTimeout, RankLost, StoreError, TooLarge, UnknownName
+
+pytestmark = pytest.mark.ray
+
+register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with connect(num_cpus=4):
+        yield
+
+
+class ToyRank:
+    """Does what it is told to, slowly or badly if need be."""
+
+    def __init__(self, rank: int, spec: GangSpec) -> None:
+        self.rank, self.items, self.closed = rank, 0, False
+        self.threads = (spec.threads, os.environ["OMP_NUM_THREADS"])
+
+    def host_store(self) -> tuple[str, int]:
+        return "here", 1
+
+    def start(self, rendezvous: Any) -> tuple[int, Any]:
+        return self.rank, rendezvous
+
+    def double(self, x: int) -> int:
+        return 2 * x + self.rank
+
+    def about(self) -> tuple[int, tuple[int, str]]:
+        return os.getpid(), self.threads
+
+    def fail(self, errors: dict[int, Exception]) -> None:
+        if self.rank in errors:
+            raise errors[self.rank]
+
+    def die(self, who: int) -> None:
+        """The others complain at once, as peers do whose connection is reset."""
+        if self.rank == who:
+            time.sleep(0.3)  # so that the complaints are the first to arrive
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise PeerTimeout(f"rank {self.rank} lost rank {who}")
+
+    def hang(self, who: int) -> None:
+        if self.rank == who:
+            time.sleep(60)
+
+    def count(self, stop: int) -> Iterator[int]:
+        try:
+            for i in range(stop):
+                self.items = i
+                yield i if self.rank == 0 else -1
+        finally:
+            self.closed = True
+
+    def seen(self) -> tuple[int, bool]:
+        return self.items, self.closed
+
+    def stop(self) -> None:
+        pass
+
+
+def spec(world_size: int, **kwargs: Any) -> GangSpec:
+    return GangSpec(
+        world_size=world_size, model=ModelSpec(name="none"), device="cpu", threads=1, **kwargs
+    )
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def reservations() -> list[str]:
+    table: dict[str, dict[str, Any]] = placement_group_table()
+    return [group["state"] for group in table.values() if group["state"] != "REMOVED"]
+
+
+def test_calls_streams_and_a_full_disk_on_a_healthy_gang() -> None:
+    with RayGang(spec(2), rank_class=ToyRank) as gang:
+        assert gang.ready == ((0, ("here", 1)), (1, ("here", 1)))  # type: ignore[comparison-overlap]
+        pending = [gang.submit("double", x, what="doubling") for x in range(3)]
+        assert [p.result(20) for p in pending] == [[0, 1], [2, 3], [4, 5]]
+
+        items: list[Any] = list(gang.stream("count", 4, timeout_s=20, what="counting"))
+        assert items == [0, 1, 2, 3]
+        stream = gang.stream("count", 1000, timeout_s=20, what="counting")
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        seen = gang.call("seen", timeout_s=20, what="looking")
+        assert seen[0] == seen[1]
+        assert seen[0][0] <= 2
+        assert seen[0][1]
+
+        with pytest.raises(StoreError, match=r"rank 1 .* in saving: disk full"):
+            gang.call("fail", {1: StoreError("disk full")}, timeout_s=20, what="saving")
+        with pytest.raises(UnknownName, match=r"unknown codec 'x'; known: raw$"):
+            gang.call("fail", {0: UnknownName("codec", "x", ["raw"])}, timeout_s=20, what="begin")
+
+        about = gang.call("about", timeout_s=20, what="looking")  # it lives on
+        pids = [pid for pid, _ in about]
+        assert about[0][1] == (1, "1")
+        assert len(set(pids)) == 2
+    assert not any(is_alive(pid) for pid in pids)
+    assert reservations() == []
+
+
+def test_the_rank_that_died_is_named_though_its_peers_complain_first() -> None:
+    with RayGang(spec(3), rank_class=ToyRank) as gang:
+        began = time.monotonic()
+        with pytest.raises(RankLost, match=r"^rank 1 \(host .*, pid \d+\) died in prefill chunk 3"):
+            gang.call("die", 1, timeout_s=60, what="prefill chunk 3 [12288, 16384)")
+        assert time.monotonic() - began < 20
+        assert gang.lost
+    assert reservations() == []
+
+
+def test_a_rank_that_hangs_is_named_when_the_deadline_ends() -> None:
+    with RayGang(spec(2), rank_class=ToyRank) as gang:
+        pids = [pid for pid, _ in gang.call("about", timeout_s=20, what="looking")]
+        with pytest.raises(RankLost, match=r"^rank 1 \(.*\) did not answer in chunk 0: waited 1.0"):
+            gang.call("hang", 1, timeout_s=1.0, what="chunk 0")
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_ranks_own_error_beats_its_peers_complaints_and_silence() -> None:
+    with RayGang(spec(2), rank_class=ToyRank) as gang:
+        with pytest.raises(
+            RankLost, match=r"^rank 1 \(.*\) failed in chunk 0: ValueError: shapes"
+        ) as e:
+            gang.call(
+                "fail",
+                {0: PeerTimeout("lost rank 1"), 1: ValueError("shapes")},
+                timeout_s=20,
+                what="chunk 0",
+            )
+        assert "Traceback" in str(e.value.__cause__)
+
+
+def test_loopback_ranks_share_one_actor() -> None:
+    with RayGang(spec(3, transport="loopback"), rank_class=ToyRank) as gang:
+        about = gang.call("about", timeout_s=20, what="looking")
+        assert len({pid for pid, _ in about}) == 1
+        assert gang.call("double", 2, timeout_s=20, what="doubling") == [4, 5, 6]
+        items: list[Any] = list(gang.stream("count", 3, timeout_s=20, what="counting"))
+        assert items == [0, 1, 2]
+        with pytest.raises(RankLost, match=r"rank 2 .* failed in chunk 1: ValueError: no"):
+            gang.call("fail", {2: ValueError("no")}, timeout_s=20, what="chunk 1")
+
+
+def test_more_ranks_than_the_cluster_has_are_refused_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(TooLarge, match="5 ranks asked for, the cluster has 4 CPUs"):
+        RayGang(spec(5), rank_class=ToyRank).start()
+    assert time.monotonic() - began < 5
+    assert reservations() == []
+
+
+def test_a_busy_cluster_is_waited_for_no_longer_than_told() -> None:
+    with RayGang(spec(3), rank_class=ToyRank):
+        late = RayGang(spec(2), rank_class=ToyRank, placement_timeout_s=0.5)
+        with pytest.raises(TooLarge, match=r"2 ranks asked for.*1 CPUs .* free.* in 0\.5 s"):
+            late.start()
+        assert reservations() == ["CREATED"]
+
+
+def test_a_start_that_fails_leaves_nothing() -> None:
+    class Broken(ToyRank):
+        def start(self, rendezvous: Any) -> Any:
+            raise UnknownName("model", "gpt-9", ["smollm2"])
+
+    with pytest.raises(UnknownName, match="unknown model 'gpt-9'"):
+        RayGang(spec(2), rank_class=Broken).start()
+    assert reservations() == []
+    assert threading.active_count() < 50
+    assert ray.is_initialized()

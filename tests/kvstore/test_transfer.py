@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import shutil
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from ringspan.errors import BadInput, CorruptPage, StoreError
+from ringspan.kvstore import batches
+from ringspan.kvstore.codecs.registry import CODECS
+from ringspan.kvstore.folder import assign_pages
+from ringspan.kvstore.segment import scan
+from ringspan.kvstore.testing import make_context, make_shards, open_shard
+from ringspan.kvstore.transfer import load_shard
+
+
+def kv_by_position(shards, num_tokens):
+    """[layer][tensor] uint8 [num_tokens, bytes], whatever rank holds which position."""
+    layers = []
+    for layer in range(shards[0].num_layers):
+        tensors = []
+        for t, spec in enumerate(shards[0].specs):
+            width = int(np.prod(spec.shape)) * spec.dtype.itemsize
+            joined = torch.zeros(num_tokens, width, dtype=torch.uint8)
+            for shard in shards:
+                rows = shard.tensors(layer)[t].reshape(-1).view(torch.uint8).view(-1, width).cpu()
+                at = 0
+                for span in shard.spans:
+                    joined[span.start : span.stop] = rows[at : at + span.tokens]
+                    at += span.tokens
+            tensors.append(joined)
+        layers.append(tensors)
+    return layers
+
+
+def equal(a, b):
+    return all(
+        torch.equal(x, y)
+        for one, two in zip(a, b, strict=True)
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 20_000, 1 << 26])
+@pytest.mark.parametrize("name", CODECS)
+def test_another_number_of_ranks_opens_the_same_bits(tmp_path, monkeypatch, name, batch_bytes):
+    monkeypatch.setattr(batches, "BATCH_BYTES", batch_bytes)
+    made = make_context(tmp_path, 139, 3, name)
+    wanted = kv_by_position(made.shards, 139)
+    for world_size in (1, 2, 4, 11):
+        opened = [open_shard(made, records) for records in assign_pages(made.manifest, world_size)]
+        assert equal(kv_by_position(opened, 139), wanted)
+        assert sum(shard.num_tokens for shard in opened) == 139
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CODECS)
+def test_a_gpu_opens_the_bits_that_a_gpu_saved(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(batches, "BATCH_BYTES", 100_000)
+    made = make_context(tmp_path, 1339, 3, name, device="cuda", dtype=torch.bfloat16)
+    opened = [open_shard(made, r, "cuda") for r in assign_pages(made.manifest, 2)]
+    on_cpu = [open_shard(made, r, "cpu") for r in assign_pages(made.manifest, 2)]
+    wanted = kv_by_position(made.shards, 1339)
+    assert equal(kv_by_position(opened, 1339), wanted)
+    assert equal(kv_by_position(on_cpu, 1339), wanted)
+
+
+def test_a_context_of_one_token_is_kept(tmp_path):
+    made = make_context(tmp_path, 1, 2)
+    assert not (made.store.folder(made.manifest) / "rank-1.seg").exists()
+    shard = open_shard(made, made.manifest.pages)
+    assert equal(kv_by_position([shard], 1), kv_by_position(made.shards[:1], 1))
+
+
+REGIONS = {
+    "magic": lambda r: r.offset,
+    "header length": lambda r: r.offset + 13,
+    "header checksum": lambda r: r.offset + 20,
+    "header": lambda r: r.offset + 100,
+    "header padding": lambda r: r.offset + 4095,
+    "first K code": lambda r: r.offset + 4096,
+    "a scale": lambda r: r.offset + 4096 + 16 * 2 * 32 + 5,
+    "last V scale": lambda r: r.offset + 4096 + r.payload_bytes - 1,
+    "payload padding": lambda r: r.offset + r.frame_bytes - 1,
+}
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_changed_byte_of_any_region_is_never_opened(tmp_path, region):
+    made = make_context(tmp_path, codec_name="int8")
+    record = made.manifest.pages[3]
+    path = made.store.folder(made.manifest) / record.segment
+    data = bytearray(path.read_bytes())
+    data[REGIONS[region](record)] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(CorruptPage):
+        open_shard(made, made.manifest.pages)
+    report = made.store.verify(made.manifest.context_id)
+    assert [(page.key, page.span, page.segment, page.offset) for page in report.bad_pages] == [
+        (record.key, record.span, record.segment, record.offset)
+    ]
+    assert not report.ok
+    assert record.segment in report.bad_pages[0].what or "page" in report.bad_pages[0].what
+    others = [page for page in made.manifest.pages if page is not record]
+    assert open_shard(made, others).num_tokens == 75 - 16
+
+
+def test_a_refused_page_leaves_the_shard_as_it_was(tmp_path):
+    made = make_context(tmp_path)
+    first, *rest = made.manifest.pages
+    shard = make_shards(0, 1)[0].__class__(
+        made.shards[0].codec, 3, 2, 32, torch.float32, "cpu", 75, 16
+    )
+    load_shard(made.store.root, made.manifest, [first], shard)
+    path = made.store.folder(made.manifest) / rest[0].segment
+    data = bytearray(path.read_bytes())
+    data[rest[0].offset + 5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptPage, match="xxh3-128"):
+        load_shard(made.store.root, made.manifest, rest, shard)
+    assert shard.spans == (first.span,)
+    assert shard.plane_sums(0) == made.shards[0].plane_sums(0)
+
+
+def test_bytes_that_change_on_the_way_to_the_shard_are_seen(tmp_path, monkeypatch):
+    """What xxh3 on the host cannot see, the plane sums on the device do."""
+    made = make_context(tmp_path)
+    shard_class = type(made.shards[0])
+    fill = shard_class.fill
+
+    def damaging(self, row, tokens, payloads):
+        fill(self, row, tokens, payloads)
+        self._layers[2][1][row + 3, 1, 7] += 1
+
+    monkeypatch.setattr(shard_class, "fill", damaging)
+    with pytest.raises(CorruptPage, match=r"page .* plane sum differs in layer 2"):
+        open_shard(made, made.manifest.pages)
+
+
+def test_swapped_pages_are_refused(tmp_path):
+    made = make_context(tmp_path, 75, 1)
+    a, b = made.manifest.pages[1:3]
+    path = made.store.folder(made.manifest) / a.segment
+    data = bytearray(path.read_bytes())
+    frames = [bytes(data[p.offset : p.offset + p.frame_bytes]) for p in (a, b)]
+    data[a.offset : b.offset + b.frame_bytes] = frames[1] + frames[0]
+    path.write_bytes(data)
+    with pytest.raises(CorruptPage, match="holds page"):
+        open_shard(made, made.manifest.pages)
+    bad = made.store.verify(made.manifest.context_id).bad_pages
+    assert [page.span for page in bad] == [a.span, b.span]
+
+
+@pytest.mark.parametrize("other", [{"seed": 5}, {"fingerprint": "cd" * 32}], ids=str)
+def test_segments_of_another_context_of_the_same_shape_are_refused(tmp_path, other):
+    made = make_context(tmp_path)
+    stranger = make_context(tmp_path, **other)
+    for rank in range(3):
+        name = f"rank-{rank}.seg"
+        shutil.copy(
+            stranger.store.folder(stranger.manifest) / name, made.store.folder(made.manifest) / name
+        )
+    with pytest.raises(CorruptPage, match="holds page"):
+        open_shard(made, made.manifest.pages)
+    assert len(made.store.verify(made.manifest.context_id).bad_pages) == 5
+
+
+def test_a_manifest_that_claims_anothers_pages_is_refused(tmp_path):
+    """Even records that fit the frames do not make another context's pages this one's."""
+    made = make_context(tmp_path)
+    stranger = make_context(tmp_path, seed=5)
+    folder = made.store.folder(made.manifest)
+    for rank in range(3):
+        shutil.copy(stranger.store.folder(stranger.manifest) / f"rank-{rank}.seg", folder)
+    records = [record for rank in range(3) for record in scan(folder / f"rank-{rank}.seg")]
+    forged = msgspec.structs.replace(
+        made.manifest, pages=tuple(sorted(records, key=lambda record: record.span))
+    )
+    with pytest.raises(StoreError, match="is not this context's"):
+        open_shard(made._replace(manifest=forged), forged.pages)
+
+
+def test_a_page_of_other_provenance_is_refused(tmp_path):
+    made = make_context(tmp_path)
+    origin = msgspec.structs.replace(made.manifest.origin, provenance=("sparse:topk",))
+    forged = msgspec.structs.replace(made.manifest, origin=origin)
+    with pytest.raises(CorruptPage, match="provenance"):
+        open_shard(made._replace(manifest=forged), forged.pages)
+
+
+def test_a_truncated_or_missing_segment_is_refused(tmp_path):
+    made = make_context(tmp_path)
+    path = made.store.folder(made.manifest) / "rank-2.seg"
+    path.write_bytes(path.read_bytes()[:-4096])
+    with pytest.raises(CorruptPage, match="ends in the middle"):
+        open_shard(made, made.manifest.pages)
+    path.unlink()
+    with pytest.raises(StoreError, match="No such file"):
+        open_shard(made, made.manifest.pages)
+    report = made.store.verify(made.manifest.context_id)
+    assert [page.segment for page in report.bad_pages] == ["rank-2.seg"]
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "manifest.json"])
+def test_damaged_tokens_and_manifests_are_in_the_report(tmp_path, name):
+    made = make_context(tmp_path)
+    path = made.store.folder(made.manifest) / name
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 4
+    path.write_bytes(data)
+    report = made.store.verify(made.manifest.context_id)
+    assert len(report.problems) == 1
+    assert not report.ok
+    if name == "tokens.npy":
+        with pytest.raises(StoreError, match="has key"):
+            open_shard(made, made.manifest.pages)
+
+
+def test_a_whole_context_is_reported_whole_with_progress(tmp_path):
+    made = make_context(tmp_path, 200, 2)
+    seen = []
+    report = made.store.verify(made.manifest.context_id, lambda done, of: seen.append((done, of)))
+    assert report.ok
+    assert (report.num_pages, report.payload_bytes) == (13, made.manifest.payload_bytes)
+    assert seen == [(done, 13) for done in range(1, 14)]
+
+
+def test_a_shard_of_another_codec_is_refused(tmp_path):
+    made = make_context(tmp_path)
+    (shard,) = make_shards(0, 1, "int8")
+    with pytest.raises(BadInput, match="codec 'raw', wanted 'int8'"):
+        load_shard(made.store.root, made.manifest, made.manifest.pages, shard)
