@@ -29,6 +29,7 @@ OBJECT_STORE_BYTES = 200 * 2**20
 WORKER_PORTS = range(10002, 20000)
 """Ray refuses other services on its workers' ports."""
 
+START_ATTEMPTS = 2
 HEAD_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 LONGEST_TEMP_DIR = 40
@@ -62,20 +63,15 @@ def connect(
             ray.shutdown()
         return
     with _temp_dir(temp_dir) as folder, _environment(PRIVATE_ENV):
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            _temp_dir=str(folder),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        _start_private(folder, num_cpus, num_gpus)
+        children = _started_processes()
         try:
             yield
         finally:
             ray.shutdown()
+            for child in children:  # Ray kills them but leaves them unwaited for
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(STOP_TIMEOUT_S)
 
 
 class HeadProcess:
@@ -189,6 +185,40 @@ class HeadProcess:
         python_folder = str(Path(sys.executable).parent)
         env["PATH"] = os.pathsep.join([python_folder, env.get("PATH", os.defpath)])
         return env
+
+
+def _start_private(folder: Path, num_cpus: int | None, num_gpus: int | None) -> None:
+    """Ray gives its own processes 30 s to come up, which a cold and busy machine can miss."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                _temp_dir=str(folder / str(attempt)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # Ray raises this very class
+            if "timed out during startup" not in str(error):
+                raise
+            if attempt + 1 == START_ATTEMPTS:
+                raise RingspanError(
+                    f"a private Ray did not come up on this machine in {START_ATTEMPTS} attempts "
+                    f"(load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores): try again when "
+                    "it is less busy"
+                ) from error
+        else:
+            return
+
+
+def _started_processes() -> list[subprocess.Popen[bytes]]:
+    """Of the Ray that `ray.init` has just started. Ray has no public name for them."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    infos = getattr(node, "all_processes", {}).values()
+    return [info.process for group in infos for info in group]
 
 
 def _join(address: str) -> None:

@@ -165,7 +165,7 @@ class RayGang:
         raise TooLarge(
             f"{self.world_size} ranks asked for, {place.text}; the cluster has "
             f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free and none came free "
-            f"in {self._placement_timeout_s:.0f} s: wait for other jobs to end, or ask for fewer "
+            f"in {self._placement_timeout_s:g} s: wait for other jobs to end, or ask for fewer "
             "ranks"
         )
 

@@ -29,7 +29,7 @@ def check_gang(spec: GangSpec, local: bool) -> None:
     if spec.world_size < 1:
         raise BadInput(f"--ranks {spec.world_size}: wanted at least 1")
     if spec.threads < 0:
-        raise BadInput(f"--threads {spec.threads}: wanted at least 1, or 0 to deal the cores evenly")
+        raise BadInput(f"--threads {spec.threads}: wanted at least 1, or 0 to share the cores")
     if spec.timeout_s <= 0:
         raise BadInput(f"--timeout {spec.timeout_s:g}: wanted seconds, more than 0")
     if local and spec.transport not in ("auto", "loopback"):
@@ -118,7 +118,7 @@ def check_name(kind: str, name: str, known: tuple[str, ...]) -> None:
 
 
 def check_store_folder(store: Path) -> None:
-    """The folder can be made or written to. Room for a context is checked when its size is known."""
+    """The folder can be made or written to. Its room is checked once the size is known."""
     existing = store
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import msgspec
 
 from ringspan.cluster.gang import Gang
 from ringspan.cluster.messages import GangSpec
+
+
+def open_ray(local: bool) -> AbstractContextManager[None]:
+    """The Ray to work in, for as long as it is entered; none for `local`."""
+    if local:
+        return nullcontext()
+    from ringspan.cluster.ray_cluster import connect
+
+    return connect()
 
 
 @contextmanager
@@ -20,8 +29,7 @@ def open_gang(spec: GangSpec, local: bool) -> Iterator[Gang]:
         with LocalGang(msgspec.structs.replace(spec, transport="loopback")) as gang:
             yield gang
         return
-    from ringspan.cluster.ray_cluster import connect
     from ringspan.cluster.ray_gang import RayGang
 
-    with connect(), RayGang(spec) as gang:
-        yield gang
+    with open_ray(local), RayGang(spec) as ray_gang:
+        yield ray_gang

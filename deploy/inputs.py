@@ -126,7 +126,7 @@ def joined(documents: Sequence[Document]) -> tuple[str, ...]:
     if len(documents) == 1:
         return (documents[0].text,)
     return tuple(
-        f"=== {document.path} ===\n{document.text}{'' if document.text.endswith(chr(10)) else chr(10)}\n"
+        f"=== {document.path} ===\n{document.text.removesuffix(chr(10))}\n\n"
         for document in documents
     )
 
@@ -247,9 +247,7 @@ def _read_token_ids(path: str) -> np.ndarray:
             " wanted 1-D integers, as np.save writes"
         ) from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
-        found = (
-            f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
-        )
+        found = f"{array.ndim}-D {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
         raise BadInput(f"{path}: wanted a 1-D array of integers, found {found}")
     if not array.size:
         raise BadInput(f"{path} is empty; wanted at least one token id")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ringspan.kvstore.frame import aligned
+from ringspan.kvstore.frame import ALIGN, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,9 @@ class Buffer:
 
     def __init__(self, device: torch.device, size_bytes: int) -> None:
         gpu = device.type == "cuda"
-        self._host = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=gpu)
+        room = torch.empty(size_bytes + ALIGN, dtype=torch.uint8, pin_memory=gpu)
+        skip = -room.data_ptr() % ALIGN  # as O_DIRECT wants it
+        self._host = room[skip : skip + size_bytes]
         self._device = torch.empty(size_bytes, dtype=torch.uint8, device=device) if gpu else None
         self._copied = torch.cuda.Event() if gpu else None
         self._bytes = memoryview(self._host.numpy())
@@ -73,7 +75,7 @@ class Buffer:
         if self._device is not None and self._copied is not None:
             size = rows.numel()
             self._host[:size].copy_(self._device[:size], non_blocking=True)
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device.device))
 
     def give(self, shard: ContextShard, batch: Batch) -> None:
         """Start copying the batch into reserved rows; `wait` before the buffer is used again."""
@@ -82,7 +84,7 @@ class Buffer:
         if self._device is not None and self._copied is not None:
             size = rows.numel()
             self._device[:size].copy_(self._host[:size], non_blocking=True)
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device.device))
             rows = _rows(self._device, batch.pages, page_bytes)
         shard.fill(batch.row, batch.tokens, rows[:, :page_bytes])
 

@@ -25,7 +25,6 @@ from ringspan.kvstore.manifest import (
     CONTEXT_NAME,
     MANIFEST,
     Manifest,
-    assign_pages,
     encode_manifest,
     read_manifest,
     sealed,
@@ -38,14 +37,12 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = ["Store", "assign_pages", "segment_path"]
-
 
 class Store:
     """The contexts in one folder, which need not exist yet. Raises `StoreError`, `UnknownName`."""
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root = Path(os.path.abspath(Path(root).expanduser()))
         staging.remove_stale(self.root / "staging")
         staging.remove_stale(self.root / "trash", stale_s=0.0)
 
@@ -219,7 +216,13 @@ class Store:
             end = page.offset + page.frame_bytes
             ends[page.segment] = max(end, ends.get(page.segment, 0))
         for segment, end in ends.items():
-            size = (folder / segment).stat().st_size
+            try:
+                size = (folder / segment).stat().st_size
+            except FileNotFoundError:
+                raise StoreError(
+                    f"{segment} is not in {folder}: every rank must write to the same folder; on "
+                    f"several hosts the store must be on a shared file system"
+                ) from None
             if size != end:
                 raise StoreError(
                     f"{folder.name}/{segment} has {size} bytes, its pages end at {end}: it was "

@@ -14,7 +14,7 @@ import msgspec
 import xxhash
 
 from ringspan.cluster.messages import ModelSpec, PageRecord
-from ringspan.errors import StoreError
+from ringspan.errors import StoreError, UnknownName
 from ringspan.kvstore.frame import ALIGN, aligned
 from ringspan.kvstore.keys import CONTEXT_ID_CHARS
 from ringspan.kvstore.page import Origin, PageForm
@@ -120,9 +120,14 @@ def check_manifest(manifest: Manifest) -> None:
         raise StoreError(f"{name}: format {manifest.format}, this version reads {FORMAT}")
     if not CONTEXT_NAME.fullmatch(manifest.context_id):
         raise StoreError(f"{name}: a context is named by {CONTEXT_ID_CHARS} hex characters")
-    position = 0
     step = manifest.form.page_tokens
-    token_bytes = manifest.form.token_bytes
+    if manifest.num_tokens < 1 or step < 1:
+        raise StoreError(f"{name}: {manifest.num_tokens} tokens in pages of {step}")
+    try:
+        token_bytes = manifest.form.token_bytes
+    except UnknownName as error:
+        raise StoreError(f"{name}: {error}; a newer version may have written it") from None
+    position = 0
     for page in manifest.pages:
         stop = min(position + step, manifest.num_tokens)
         if page.span != Span(position, stop) or position == stop:
@@ -144,7 +149,7 @@ def check_manifest(manifest: Manifest) -> None:
                 f"{page.frame_bytes} bytes at {page.offset}, which no frame can have"
             )
         position = stop
-    if position != manifest.num_tokens or not position:
+    if position != manifest.num_tokens:
         raise StoreError(f"{name}: pages hold {position} of {manifest.num_tokens} tokens")
     if not manifest.pages[-1].key.startswith(manifest.context_id):
         raise StoreError(f"{name}: its last page's key is {manifest.pages[-1].key!r}")

@@ -48,8 +48,9 @@ def page_views(
         raise ValueError(
             f"payloads of {payloads.shape[1]} bytes for pages of {sum(widths) * len(layers)}"
         )
-    words = all(width % 8 == 0 for width in widths) and payloads.data_ptr() % 8 == 0
-    words = words and payloads.stride(0) % 8 == 0
+    places = (payloads.data_ptr(), payloads.stride(0), *widths)
+    places += tuple(row * tensor_token_bytes(tensor) for tensor in layers[0])
+    words = all(place % 8 == 0 for place in places)
     kind, size = (torch.int64, 8) if words else (torch.uint8, 1)
     payloads = payloads.view(kind)
     at = 0

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ringspan.cluster.messages import PageRecord
 from ringspan.errors import CorruptPage, StoreError
@@ -24,30 +28,53 @@ HEAD_GUESS_BYTES = 4 * ALIGN
 class SegmentWriter:
     """Writes one new segment. `close` makes it durable; leaving by an error removes the file.
 
-    Raises `StoreError` with numbers when the disk is full, the file cannot be made, and so on.
+    direct: past the page cache (O_DIRECT, where the file system has it), which for a segment
+    larger than memory saves a copy and the wait at the end; what is opened again at once is better
+    left in the cache. Raises `StoreError` with numbers when the disk is full, the file cannot be
+    made, and so on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, direct: bool = False) -> None:
         self.path = path
         self.written_bytes = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(path, flags, 0o644)
         except OSError as error:
             raise store_error(error, "cannot make segment", path) from None
+        self._direct = direct and _set_direct(self._fd, True)
+        self._head = mmap.mmap(-1, ALIGN)  # at a page's beginning, as O_DIRECT wants it
 
-    def append(self, page: Page) -> PageRecord:
-        """Write a sealed page; its bytes go to the file without another copy."""
+    def append(self, page: Page, padded: memoryview | None = None) -> PageRecord:
+        """Write a sealed page; its bytes go to the file without another copy.
+
+        padded: the payload with the zeros that follow it in a frame, in one piece of memory, for
+        direct writes, which want both ends of it at multiples of 4 KiB.
+        """
         header, payload = page
         head = encode_head(header)
-        padding = aligned(payload.nbytes) - payload.nbytes
         offset = self.written_bytes
-        self._write([memoryview(head), payload.cast("B"), memoryview(_ZEROS)[:padding]])
+        if self._direct and padded is not None and _address(padded) % ALIGN == 0:
+            if len(head) > len(self._head):
+                self._head = mmap.mmap(-1, len(head))
+            self._head[: len(head)] = head
+            self._write([memoryview(self._head)[: len(head)], padded])
+        else:
+            self._buffered()
+            zeros = memoryview(_ZEROS)[: aligned(payload.nbytes) - payload.nbytes]
+            self._write([memoryview(head), payload.cast("B"), zeros])
         return record_of(header, self.path.name, offset, self.written_bytes - offset)
 
     def _write(self, parts: list[memoryview]) -> None:
         try:
             while parts:
-                done = os.writev(self._fd, parts)
+                try:
+                    done = os.writev(self._fd, parts)
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self._direct:
+                        raise
+                    self._buffered()  # this file system wants other alignments
+                    continue
                 self.written_bytes += done
                 while parts and done >= parts[0].nbytes:
                     done -= parts.pop(0).nbytes
@@ -55,6 +82,11 @@ class SegmentWriter:
                     parts[0] = parts[0][done:]
         except OSError as error:
             raise store_error(error, "cannot write to", self.path, self.written_bytes) from None
+
+    def _buffered(self) -> None:
+        if self._direct:
+            self._direct = False
+            _set_direct(self._fd, False)
 
     def close(self) -> None:
         """Flush to the disk and close. Raises `StoreError`."""
@@ -83,6 +115,21 @@ class SegmentWriter:
             self.close()
         else:
             self.discard()
+
+
+def _set_direct(fd: int, on: bool) -> bool:
+    """Whether the file system took it."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+    except OSError:
+        return False
+    return True
+
+
+def _address(data: memoryview) -> int:
+    return int(np.frombuffer(data, dtype=np.uint8).ctypes.data)
 
 
 def record_of(header: PageHeader, segment: str, offset: int, frame_bytes: int) -> PageRecord:

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 BUFFERS = 3
 """Batches on their way at a time."""
+DIRECT_BYTES = 4 << 30
+"""Segments of this size are written past the page cache."""
 READERS = 4
 """Threads that read and hash; one does 1 to 5 GB/s."""
 
@@ -69,7 +71,8 @@ def save_shard(
     buffers = [Buffer(shard.device, size) for _ in range(min(BUFFERS, len(load)))]
     records: list[PageRecord] = []
     pending: deque[Future[list[PageRecord]]] = deque()
-    with SegmentWriter(path) as writer, ThreadPoolExecutor(1, "save") as worker:
+    direct = shard.kv_bytes >= DIRECT_BYTES
+    with SegmentWriter(path, direct) as writer, ThreadPoolExecutor(1, "save") as worker:
         for index, batch in enumerate(load):
             if len(pending) == len(buffers):
                 records += pending.popleft().result()
@@ -100,8 +103,9 @@ def _append(
     records: list[PageRecord] = []
     for index, (span, plane_sums) in enumerate(zip(spans, sums, strict=True)):
         page_bytes = span.tokens * form.token_bytes
-        payload = buffer.page(index, page_bytes)[:page_bytes]
-        records.append(writer.append(seal(form, origin, span, keys, plane_sums, payload)))
+        padded = buffer.page(index, page_bytes)
+        page = seal(form, origin, span, keys, plane_sums, padded[:page_bytes])
+        records.append(writer.append(page, padded))
     return records
 
 

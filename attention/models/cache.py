@@ -58,8 +58,9 @@ def published(entry: Path, make: Callable[[Path], None], timeout_s: float) -> Pa
 def file_sha256(path: Path, hashes: Path) -> str:
     """Hex sha256 of a file's bytes; remembered in the folder `hashes` by size and mtime."""
     stat = path.stat()
-    identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-    note = hashes / f"{hashlib.sha256(identity[0].encode()).hexdigest()[:32]}.json"
+    whole_path = str(path.resolve())
+    identity = [whole_path, stat.st_size, stat.st_mtime_ns]
+    note = hashes / f"{hashlib.sha256(whole_path.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         remembered = json.loads(note.read_text())
         if remembered["identity"] == identity:

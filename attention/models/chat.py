@@ -125,9 +125,7 @@ def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     found: list[int | None] = [tokenizer.eos_token_id]
     try:
         with quiet():
-            config = GenerationConfig.from_pretrained(
-                tokenizer.name_or_path, local_files_only=True
-            )
+            config = GenerationConfig.from_pretrained(tokenizer.name_or_path, local_files_only=True)
         eos = config.eos_token_id
         found += eos if isinstance(eos, list) else [eos]
     except (OSError, ValueError):

@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ringspan.attention.models.facts import head_dim
 from ringspan.attention.models.quiet import quiet
 from ringspan.attention.models.random_init import empty_model
 from ringspan.attention.models.rope import LENGTH_DEPENDENT, rope_types
@@ -24,8 +25,9 @@ CARRIED_LAYERS = ("full_attention", "sliding_attention")
 PROBE = "ringspan_probe"
 
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "logits_to_keep", "is_causal", PROBE}
-_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "sliding_window"}
-_CARRIED = {"softcap"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
+_CARRIED = {"scaling", "dropout", "sliding_window", "softcap"}
+_MEDIA = ("vision", "image", "video", "audio", "speech")
 
 
 def check_model(config: PretrainedConfig) -> None:
@@ -77,8 +79,9 @@ def check_attention_calls(model: PreTrainedModel, facts: ModelFacts) -> None:
 def _refused_by_config(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder; wanted a decoder-only model"
-    if parts := [name for name in getattr(config, "sub_configs", {}) if name != "text_config"]:
-        return f"it also takes other inputs ({', '.join(parts)}); wanted a text-only checkpoint"
+    parts = getattr(config, "sub_configs", {})
+    if media := [name for name in parts if any(word in name for word in _MEDIA)]:
+        return f"it takes more than text ({', '.join(media)}); wanted a text-only checkpoint"
     if getattr(config, "add_cross_attention", False) or getattr(
         config, "cross_attention_layers", None
     ):
@@ -121,7 +124,11 @@ def _refused_by_class(config: PretrainedConfig) -> str | None:
 
 
 def _refused_by_modules(config: PretrainedConfig) -> str | None:
-    model = empty_model(config, torch.bfloat16, torch.device("meta"))
+    try:
+        model = empty_model(config, torch.bfloat16, torch.device("meta"))
+        head_dim(config)
+    except Exception as error:  # whatever a model class does not like about its config
+        return f"transformers cannot build it from this config ({' '.join(str(error).split())})"
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2] in ("sinks", "sink", "attention_sink_bias"):
             return "attention sinks: learned logits beside the keys"
@@ -158,7 +165,7 @@ def _probe(
 ) -> tuple[torch.Tensor, None]:
     """An attention function that notes how it was called and answers zeros [B, T, Hq, D]."""
     foreign = {name for name, value in kwargs.items() if value is not None}
-    foreign -= _HARMLESS | _CARRIED | {"scaling", "dropout"}
+    foreign -= _HARMLESS | _CARRIED
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         foreign.add("is_causal=False")
     kwargs[PROBE].append(

@@ -21,13 +21,14 @@ scores differ by the same amounts for every m (the common part shifts all scores
 but relative noise e on K moves each by 8 e / m. 1.0 forgives 4-bit codes; the smaller, the finer
 the noise that makes it miss.
 
-KV head g carries its own slice of the codes in V, and its q heads share the sum: a scheme that
-hands a q head the wrong KV head garbles every answer.
+KV head g carries its own slice of the codes, in the same dims of V as the others theirs, and its q
+heads share the sum: a scheme that pairs q heads with the wrong KV heads garbles the answers.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
@@ -101,17 +102,16 @@ def retriever_model(
     return model.to(device, dtype)
 
 
-def _copy_codes(
-    attention: torch.nn.Module, target: slice, norm: float, source: Retriever
-) -> None:
+def _copy_codes(attention: torch.nn.Module, target: slice, norm: float, source: Retriever) -> None:
     """V: the current code, a slice per KV head; O: the slices, from all q heads, into `target`."""
     group = source.num_q_heads // source.num_kv_heads
-    for code_dim in range(CODE):
-        kv_head = code_dim * source.num_kv_heads // CODE
-        attention.v_proj.weight[kv_head * HEAD_DIM + code_dim, code_dim] = norm
-        for q_head in range(kv_head * group, (kv_head + 1) * group):
-            column = q_head * HEAD_DIM + code_dim
-            attention.o_proj.weight[target.start + code_dim, column] = 1.0 / group
+    edges = [CODE * head // source.num_kv_heads for head in range(source.num_kv_heads + 1)]
+    v, o = _per_head(attention.v_proj.weight), attention.o_proj.weight
+    for kv_head, (start, stop) in enumerate(pairwise(edges)):
+        for dim, code_dim in enumerate(range(start, stop)):
+            v[kv_head, dim, code_dim] = norm
+            for q_head in range(kv_head * group, (kv_head + 1) * group):
+                o[target.start + code_dim, q_head * HEAD_DIM + dim] = 1.0 / group
 
 
 def _look_at_previous(attention: torch.nn.Module, norm: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -26,7 +26,8 @@ _FORMS = "yarn:4, linear:2 or theta:500000"
 
 
 class RopeScaling(NamedTuple):
-    kind: Literal["yarn", "linear", "theta"]
+    kind: str
+    """`yarn`, `linear` or `theta`."""
     value: float
     """Factor >= 1 of `yarn` and `linear`; the new base of `theta`."""
 

@@ -74,7 +74,7 @@ def parse_name(name: str) -> Source:
         if not path.is_file():
             raise BadInput(f"model {name!r}: no such file; give the path of a GGUF file")
         return Gguf(str(path))
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(
                 f"model folder {name!r} has no config.json; "

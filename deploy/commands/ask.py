@@ -32,7 +32,7 @@ Questions = Annotated[
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Of one answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample within this share of probability.")]
-SamplingSeed = Annotated[int | None, typer.Option("--seed", help="Of sampling; default: a new one.")]
+SamplingSeed = Annotated[int | None, typer.Option("--seed", help="Of sampling; default: any.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Each question goes on from the last answer.")]
 
 

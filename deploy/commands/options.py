@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,12 @@ RopeScaling = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, or of sampling.")]
 Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8.")]
+Scheme = Annotated[str, typer.Option("--scheme", help="auto, ring, all-gather.")]
+Layout = Annotated[str, typer.Option("--layout", help="auto, zigzag, striped, contiguous.")]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option("--chunk-tokens", help="Tokens of one step over all ranks; whole pages."),
+]
 Store = Annotated[
     Path,
     typer.Option("--store", envvar="RINGSPAN_STORE", help="Folder that keeps the contexts."),
@@ -66,6 +73,8 @@ Timeout = Annotated[
     float, typer.Option("--timeout", help="Seconds a rank waits for a peer before it gives up.")
 ]
 
+NEEDLE_TOKENS = 8192
+"""Of `--needles` without a number."""
 DEFAULT_STORE = Path("ringspan-store")
 
 
@@ -113,6 +122,7 @@ def as_asked(given: Mapping[str, object]) -> Asked:
 def spread_inputs(arguments: Sequence[str]) -> list[str]:
     """`--input a b --ranks 2` -> `--input a --input b --ranks 2`: an option takes one value, but
     a shell's `src/*.py` gives many."""
+    arguments = fill_needles(arguments)
     spread: list[str] = []
     taking = first = False
     for word in arguments:
@@ -125,3 +135,13 @@ def spread_inputs(arguments: Sequence[str]) -> list[str]:
             first = False
         spread.append(word)
     return spread
+
+
+def fill_needles(arguments: Sequence[str]) -> list[str]:
+    """`--needles` alone -> `--needles 8192`."""
+    filled: list[str] = []
+    for word, behind in zip_longest(arguments, arguments[1:], fillvalue=""):
+        filled.append(word)
+        if word == "--needles" and not behind.lstrip("-").isdigit():
+            filled.append(str(NEEDLE_TOKENS))
+    return filled

@@ -43,12 +43,6 @@ Pattern = Annotated[
     list[str] | None,
     typer.Option("--pattern", help="Of a folder's files take those that match (repeatable)."),
 ]
-Scheme = Annotated[str, typer.Option("--scheme", help="auto, ring, all-gather.")]
-Layout = Annotated[str, typer.Option("--layout", help="auto, zigzag, striped, contiguous.")]
-ChunkTokens = Annotated[
-    int | None,
-    typer.Option("--chunk-tokens", help="Tokens of one step over all ranks; whole pages."),
-]
 LimitTokens = Annotated[
     int | None, typer.Option("--limit-tokens", help="Take only the document's first N tokens.")
 ]
@@ -68,10 +62,10 @@ def prefill(
     ranks: options.Ranks = None,
     transport: options.Transport = "auto",
     device: options.Device = "auto",
-    scheme: Scheme = "auto",
-    layout: Layout = "auto",
+    scheme: options.Scheme = "auto",
+    layout: options.Layout = "auto",
     codec: options.Codec = "raw",
-    chunk_tokens: ChunkTokens = None,
+    chunk_tokens: options.ChunkTokens = None,
     rope_scaling: options.RopeScaling = None,
     dtype: options.Dtype = "auto",
     backend: options.Backend = "auto",
@@ -129,7 +123,7 @@ def prefill(
             again=again,
             local=local,
         )
-        _say(f"ask it: ringspan ask {record.context_id} --store {store} \"...\"")
+        _say(f'ask it: ringspan ask {record.context_id} --store {store} "..."')
         print(record.context_id)
 
 
@@ -192,4 +186,4 @@ def _check_numbers(limit_tokens: int | None, chunk_tokens: int | None) -> None:
 
 def _say(text: str) -> None:
     """For the person, not for a pipe."""
-    print(f"ringspan: {text}", file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)

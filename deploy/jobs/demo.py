@@ -1,9 +1,10 @@
 """`make run`: a real document through two ranks of a private local Ray, then questions on it.
 
-The document is source code of Python's own standard library, which is on every machine. One
-sentence is planted in the middle of it, and the output says so: it is the fact that a model cannot
-know without having read the context. Everything goes the way it would on a cluster: `ray job
-submit` of `ringspan prefill`, a store in a folder, `ringspan ask` from another process.
+The document is a part of Python's own language reference, which the standard library carries
+(`help("assert")` reads it), so it is on every machine. One sentence is planted in it, and the
+output says so: it is the fact that a model cannot know without having read the context.
+Everything goes the way it would on a cluster: `ray job submit` of `ringspan prefill`, a store in a
+folder, `ringspan ask` from another process.
 
 Touches no Ray but its own. Every step has a deadline; Ctrl-C ends what was started.
 """
@@ -16,12 +17,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import FrameType
 
 import ringspan
@@ -34,13 +34,15 @@ from ringspan.errors import RingspanError
 MODEL = "smollm2"
 ROPE_SCALING = "yarn:4"
 """smollm2 was trained on 8,192 positions; stretched by 4 it reads the document whole."""
-SOURCES = ("bisect.py", "heapq.py", "textwrap.py", "threading.py")
-PLANTED_IN = "textwrap.py"
-PLANTED = "# The secret number of the archive is 48213."
+PLANTED = "The special magic number mentioned in this text is 48213."
+PLANTED_AT = 0.6
+"""Of the document's length."""
 DOCUMENT_TOKENS = 12_400
+DOCUMENT_CHARS = 80_000
+"""More than the tokens above; the rest is cut off."""
 QUESTIONS = (
-    "What is the secret number of the archive?",
-    "Who explained heap queues in this text?",
+    "What is the special magic number mentioned in the text?",
+    "What does the assert statement do?",
 )
 PREFILL_DEADLINE_S = 900.0
 ASK_DEADLINE_S = 300.0
@@ -71,37 +73,36 @@ def _run() -> None:
     store, record = folder / "store", folder / "prefill.json"
     record.unlink(missing_ok=True)
     print(f"ringspan on {devices} ({machine.cpu}): {ranks} ranks, model {MODEL}")
-    with tempfile.TemporaryDirectory(prefix="rsp-demo-") as scratch:
-        document = Path(scratch) / "library"
-        write_document(document)
-        print(
-            f"Document: {', '.join(SOURCES)} of Python {sys.version_info[0]}.{sys.version_info[1]},"
-            f" the first {DOCUMENT_TOKENS:,} tokens.\n"
-            f"Planted in the middle of {PLANTED_IN}: {PLANTED!r}\n"
-        )
-        say("starting a private Ray (no other Ray of this machine is touched)")
-        cpus = max(machine.cores, ranks)
-        with HeadProcess(num_cpus=cpus, num_gpus=len(boards)) as head:
-            prefill = [
-                *ringspan_command(), "prefill", "--model", MODEL, "--rope-scaling", ROPE_SCALING,
-                "--ranks", str(ranks), *placement_options(len(boards), ranks),
-                "--input", str(document), "--pattern", "*.py",
-                "--limit-tokens", str(DOCUMENT_TOKENS), "--store", str(store), "--again",
-                "--json", str(record),
-            ]  # fmt: skip
-            submit = [*ray_command(), "job", "submit", "--address", head.dashboard_url, "--"]
-            shown(["ray", "job", "submit", "--address", head.dashboard_url, "--", *prefill])
-            follow([*submit, *prefill], head.env, PREFILL_DEADLINE_S, "the prefill job")
-            done = read_record(record)
-            ask = [
-                *ringspan_command(), "ask", str(done.context_id), *QUESTIONS,
-                "--ranks", str(ranks), *placement_options(len(boards), ranks),
-                "--max-tokens", "40", "--store", str(store),
-            ]  # fmt: skip
-            shown(ask)
-            env = {**head.env, "RAY_ADDRESS": head.address}
-            follow(ask, env, ASK_DEADLINE_S, "the questions")
-            say("stopping the private Ray")
+    document = folder / "reference.txt"
+    document.write_text(reference(), encoding="utf-8")
+    print(
+        f"Document: the language reference of Python {sys.version_info[0]}."
+        f"{sys.version_info[1]}, its first {DOCUMENT_TOKENS:,} tokens.\n"
+        f"Planted in it, so that there is something to find: {PLANTED!r}"
+    )
+    say("starting a private Ray (no other Ray of this machine is touched)")
+    cpus = max(machine.cores, ranks)
+    with HeadProcess(num_cpus=cpus, num_gpus=len(boards)) as head:
+        prefill = [
+            *ringspan_command(), "prefill", "--model", MODEL, "--rope-scaling", ROPE_SCALING,
+            "--ranks", str(ranks), *placement_options(len(boards), ranks),
+            "--input", str(document),
+            "--limit-tokens", str(DOCUMENT_TOKENS), "--store", str(store), "--again",
+            "--json", str(record),
+        ]  # fmt: skip
+        submit = [*ray_command(), "job", "submit", "--address", head.dashboard_url, "--"]
+        shown(["ray", "job", "submit", "--address", head.dashboard_url, "--", *prefill])
+        follow([*submit, *prefill], head.env, PREFILL_DEADLINE_S, "the prefill job")
+        done = read_record(record)
+        ask = [
+            *ringspan_command(), "ask", str(done.context_id), *QUESTIONS,
+            "--ranks", str(ranks), *placement_options(len(boards), ranks),
+            "--max-tokens", "40", "--store", str(store),
+        ]  # fmt: skip
+        shown(ask)
+        env = {**head.env, "RAY_ADDRESS": head.address}
+        follow(ask, env, ASK_DEADLINE_S, "the questions")
+        say("stopping the private Ray")
     _tell(done, store)
 
 
@@ -123,22 +124,19 @@ def _tell(done: RunRecord, store: Path) -> None:
     )
 
 
-def write_document(folder: Path) -> None:
-    """The sources, copied into `folder`, with the planted sentence."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    folder.mkdir(parents=True)
-    for name in SOURCES:
-        text = (library / name).read_text(encoding="utf-8")
-        if name == PLANTED_IN:
-            text = plant(text, PLANTED)
-        (folder / name).write_text(text, encoding="utf-8")
+def reference() -> str:
+    """The language reference, topic after topic, with the planted sentence."""
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))[:DOCUMENT_CHARS]
+    # tokens are not counted yet: characters go to tokens at about 4 to 1 here
+    return plant(text, PLANTED, int(PLANTED_AT * 4 * DOCUMENT_TOKENS))
 
 
-def plant(text: str, sentence: str) -> str:
-    """`sentence` as a paragraph of its own at the first empty line past the middle."""
-    lines = text.split("\n")
-    at = next((i for i in range(len(lines) // 2, len(lines)) if not lines[i].strip()), len(lines))
-    return "\n".join([*lines[:at], "", sentence, *lines[at:]])
+def plant(text: str, sentence: str, at: int) -> str:
+    """`sentence` as a paragraph of its own, between the two that meet first behind `at`."""
+    behind = text.find("\n\n", at)
+    if behind < 0:
+        return f"{text}\n\n{sentence}\n"
+    return f"{text[:behind]}\n\n{sentence}{text[behind:]}"
 
 
 def placement_options(num_gpus: int, ranks: int) -> list[str]:

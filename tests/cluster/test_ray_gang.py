@@ -42,7 +42,7 @@ class ToyRank:
         return "here", 1
 
     def start(self, rendezvous: Any) -> tuple[int, Any]:
-        return self.rank, rendezvous
+        return self.rank, rendezvous if isinstance(rendezvous, tuple) else "world"
 
     def double(self, x: int) -> int:
         return 2 * x + self.rank
@@ -120,6 +120,11 @@ def test_calls_streams_and_a_full_disk_on_a_healthy_gang() -> None:
         with pytest.raises(UnknownName, match=r"unknown codec 'x'; known: raw$"):
             gang.call("fail", {0: UnknownName("codec", "x", ["raw"])}, timeout_s=20, what="begin")
 
+        late = RayGang(spec(3), rank_class=ToyRank, placement_timeout_s=0.5)
+        with pytest.raises(TooLarge, match=r"3 ranks asked for.* 2 CPUs .* free .* in 0\.5 s"):
+            late.start()
+        assert reservations() == ["CREATED"]
+
         about = gang.call("about", timeout_s=20, what="looking")  # it lives on
         pids = [pid for pid, _ in about]
         assert about[0][1] == (1, "1")
@@ -129,7 +134,7 @@ def test_calls_streams_and_a_full_disk_on_a_healthy_gang() -> None:
 
 
 def test_the_rank_that_died_is_named_though_its_peers_complain_first() -> None:
-    with RayGang(spec(3), rank_class=ToyRank) as gang:
+    with RayGang(spec(2), rank_class=ToyRank) as gang:
         began = time.monotonic()
         with pytest.raises(RankLost, match=r"^rank 1 \(host .*, pid \d+\) died in prefill chunk 3"):
             gang.call("die", 1, timeout_s=60, what="prefill chunk 3 [12288, 16384)")
@@ -146,20 +151,6 @@ def test_a_rank_that_hangs_is_named_when_the_deadline_ends() -> None:
     assert not any(is_alive(pid) for pid in pids)
 
 
-def test_a_ranks_own_error_beats_its_peers_complaints_and_silence() -> None:
-    with RayGang(spec(2), rank_class=ToyRank) as gang:
-        with pytest.raises(
-            RankLost, match=r"^rank 1 \(.*\) failed in chunk 0: ValueError: shapes"
-        ) as e:
-            gang.call(
-                "fail",
-                {0: PeerTimeout("lost rank 1"), 1: ValueError("shapes")},
-                timeout_s=20,
-                what="chunk 0",
-            )
-        assert "Traceback" in str(e.value.__cause__)
-
-
 def test_loopback_ranks_share_one_actor() -> None:
     with RayGang(spec(3, transport="loopback"), rank_class=ToyRank) as gang:
         about = gang.call("about", timeout_s=20, what="looking")
@@ -167,8 +158,10 @@ def test_loopback_ranks_share_one_actor() -> None:
         assert gang.call("double", 2, timeout_s=20, what="doubling") == [4, 5, 6]
         items: list[Any] = list(gang.stream("count", 3, timeout_s=20, what="counting"))
         assert items == [0, 1, 2]
-        with pytest.raises(RankLost, match=r"rank 2 .* failed in chunk 1: ValueError: no"):
-            gang.call("fail", {2: ValueError("no")}, timeout_s=20, what="chunk 1")
+        errors = {0: PeerTimeout("lost rank 2"), 2: ValueError("shapes")}
+        with pytest.raises(RankLost, match=r"^rank 2 .* failed in chunk 1: ValueError: sh") as e:
+            gang.call("fail", errors, timeout_s=20, what="chunk 1")
+        assert "Traceback" in str(e.value.__cause__)
 
 
 def test_more_ranks_than_the_cluster_has_are_refused_at_once() -> None:
@@ -177,14 +170,6 @@ def test_more_ranks_than_the_cluster_has_are_refused_at_once() -> None:
         RayGang(spec(5), rank_class=ToyRank).start()
     assert time.monotonic() - began < 5
     assert reservations() == []
-
-
-def test_a_busy_cluster_is_waited_for_no_longer_than_told() -> None:
-    with RayGang(spec(3), rank_class=ToyRank):
-        late = RayGang(spec(2), rank_class=ToyRank, placement_timeout_s=0.5)
-        with pytest.raises(TooLarge, match=r"2 ranks asked for.*1 CPUs .* free.* in 0\.5 s"):
-            late.start()
-        assert reservations() == ["CREATED"]
 
 
 def test_a_start_that_fails_leaves_nothing() -> None:

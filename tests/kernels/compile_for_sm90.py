@@ -1,19 +1,18 @@
 """Compiles every Triton kernel to sm_90 machine code without a GPU; run by test_compile.py.
 
-Prints one JSON row a kernel: name, shared memory in bytes, warp-group products in the ptx, spills.
+Prints one JSON row a kernel: name, shared memory in bytes, warp-group products in the ptx.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ringspan.kernels.flash_triton import CONFIGS, FP32_CONFIGS, _flash_kernel
+from ringspan.kernels.flash_triton import CONFIGS, _flash_kernel
 from ringspan.kernels.merge_triton import _merge_kernel
 from ringspan.kernels.quantize_triton import _dequantize_kernel, _quantize_kernel
 from ringspan.kernels.sum64_triton import _sum64_kernel
@@ -69,11 +68,8 @@ def flash(dtype, dim, config, causal, windowed=False, softcap=False):
 
 
 def all_kernels():
-    yield "flash bf16 D64 causal", flash("bf16", 64, CONFIGS[64][0], True)
-    yield "flash bf16 D128 full", flash("bf16", 128, CONFIGS[128][0], False)
-    yield "flash bf16 D128 causal window", flash("bf16", 128, CONFIGS[128][0], True, True)
-    yield "flash fp16 D256 causal softcap", flash("fp16", 256, CONFIGS[256][0], True, False, True)
-    yield "flash fp32 D80 causal", flash("fp32", 80, FP32_CONFIGS[0], True)
+    yield "flash bf16 D64 full", flash("bf16", 64, CONFIGS[64][0], False)
+    yield "flash bf16 D128 causal", flash("bf16", 128, CONFIGS[128][0], True)
     blocks = {"D": 128, "BLOCK_R": 16, "BLOCK_D": 128}
     yield (
         "merge bf16",
@@ -124,9 +120,6 @@ def main() -> None:
                 "name": name,
                 "shared_bytes": compiled.metadata.shared,
                 "wgmma": ptx.count("wgmma.mma_async"),
-                "local_bytes": sum(
-                    int(n) for n in re.findall(r"\.local \S+ \.b8 \S+\[(\d+)\]", ptx)
-                ),
                 "cubin_bytes": len(compiled.asm["cubin"]),
             }
         )

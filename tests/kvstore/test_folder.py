@@ -15,8 +15,14 @@ import pytest
 from ringspan.errors import BadInput, StoreError, UnknownName
 from ringspan.kvstore import folder as folder_module
 from ringspan.kvstore.exchange import swap
-from ringspan.kvstore.folder import Store, assign_pages
-from ringspan.kvstore.manifest import check_manifest, decode_manifest, encode_manifest
+from ringspan.kvstore.folder import Store
+from ringspan.kvstore.manifest import (
+    assign_pages,
+    check_manifest,
+    decode_manifest,
+    encode_manifest,
+)
+from ringspan.kvstore.page import TensorForm
 from ringspan.kvstore.testing import make_context
 from ringspan.types import Span
 
@@ -265,6 +271,11 @@ def test_manifests_that_cannot_be_are_refused(tmp_path):
         "frame of 4096": page(1, frame_bytes=4096),
         "last page's key": page(4, key="00" * 32),
         "not its pages' sum": replaced(manifest, payload_bytes=3),
+        "0 tokens in pages of 16": replaced(manifest, num_tokens=0),
+        "unknown dtype 'int4'": replaced(
+            manifest,
+            form=replaced(manifest.form, tensors=(TensorForm("k", (2, 32), "int4"),)),
+        ),
         "format 9": replaced(manifest, format=9),
         "16 hex": replaced(manifest, context_id="../../x"),
     }

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from ringspan.errors import CorruptPage, StoreError
+from ringspan.kvstore import batches, transfer
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.page import Origin
 from ringspan.kvstore.segment import SegmentWriter, read_frame, scan
@@ -17,8 +20,6 @@ ORIGIN = Origin(fingerprint="ab" * 32, namespace="00" * 8, rope="applied")
 
 
 def some_pages(tokens=75):
-    import numpy as np
-
     (shard,) = make_shards(tokens, 1)
     keys = page_keys("ab" * 32, PUBLIC_NAMESPACE, np.arange(tokens), 16)
     return [shard.export_page(i, ORIGIN, keys) for i in range(len(shard.pages()))], shard, keys
@@ -42,6 +43,16 @@ def test_saving_a_shard_gives_the_frames_of_its_pages(tmp_path):
     assert [read_frame(tmp_path / "rank-0.seg", r).header for r in records] == [
         page.header for page in pages
     ]
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 1 << 26])
+def test_direct_writes_leave_the_same_file(tmp_path, monkeypatch, batch_bytes):
+    _, shard, keys = some_pages()
+    save_shard(shard, ORIGIN, keys, tmp_path / "rank-0.seg")
+    monkeypatch.setattr(transfer, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(batches, "BATCH_BYTES", batch_bytes)
+    save_shard(shard, ORIGIN, keys, tmp_path / "rank-1.seg")
+    assert (tmp_path / "rank-0.seg").read_bytes() == (tmp_path / "rank-1.seg").read_bytes()
 
 
 def test_records_are_rebuilt_from_frames_alone(tmp_path):
@@ -96,9 +107,7 @@ def test_a_full_device_is_one_line():
     _, shard, keys = some_pages()
     page = shard.export_page(0, ORIGIN, keys)
     writer = SegmentWriter.__new__(SegmentWriter)
-    from pathlib import Path
-
-    writer.path, writer.written_bytes = Path("/dev/full"), 0
+    writer.path, writer.written_bytes, writer._direct = Path("/dev/full"), 0, False
     writer._fd = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(StoreError, match="No space left on device"):

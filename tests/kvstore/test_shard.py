@@ -134,7 +134,6 @@ def test_plane_sums_are_those_of_the_written_formula(name):
 @pytest.mark.parametrize("name", CODECS)
 def test_pages_go_to_another_shard_bit_for_bit(name):
     (source,) = make_shards(75, 1, name)
-    (target,) = make_shards(0, 1, name)
     target = ContextShard(codec(name), 3, 2, 32, torch.float32, "cpu", 75, 16)
     for index in range(5):
         page = source.export_page(index, ORIGIN, keys_for(75))
@@ -184,13 +183,14 @@ def test_planes_of_two_layers_swapped_are_seen():
     ]
 
 
-def test_odd_payloads_are_copied_bytewise():
+@pytest.mark.parametrize("page_tokens", [3, 4])
+def test_odd_payloads_are_copied_bytewise(page_tokens):
     """Scales of an odd number of tokens leave planes that are no multiple of 8 bytes."""
-    shards = make_shards(5, 1, "int8", num_kv_heads=1, head_dim=2, num_layers=2, page_tokens=4)
-    (source,) = shards
-    target = ContextShard(codec("int8"), 2, 1, 2, torch.float32, "cpu", 5, 4)
+    form = {"num_kv_heads": 1, "head_dim": 2, "num_layers": 2, "page_tokens": page_tokens}
+    (source,) = make_shards(5, 1, "int8", **form)
+    target = ContextShard(codec("int8"), 2, 1, 2, torch.float32, "cpu", 5, page_tokens)
     for index in range(2):
-        target.import_page(source.export_page(index, ORIGIN, keys_for(5, 4)))
+        target.import_page(source.export_page(index, ORIGIN, keys_for(5, page_tokens)))
     for layer in range(2):
         for a, b in zip(source.tensors(layer), target.tensors(layer), strict=True):
             assert torch.equal(a, b)

@@ -10,7 +10,7 @@ import torch
 from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore import batches
 from ringspan.kvstore.codecs.registry import CODECS
-from ringspan.kvstore.folder import assign_pages
+from ringspan.kvstore.manifest import assign_pages
 from ringspan.kvstore.segment import scan
 from ringspan.kvstore.testing import make_context, make_shards, open_shard
 from ringspan.kvstore.transfer import load_shard

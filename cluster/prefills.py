@@ -1,0 +1,213 @@
+"""The contexts on a rank: prefilled chunk by chunk, saved, opened, dropped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ringspan.attention.engine import PrefillStep
+from ringspan.attention.layout import Deal, deal, positions
+from ringspan.cluster.device import on_device
+from ringspan.cluster.messages import ChunkDone, PrefillPlan, ShardOpened, ShardSaved
+from ringspan.cluster.runtime import Runtime
+from ringspan.errors import BadInput, TooLarge
+from ringspan.kvstore.codecs.registry import codec
+from ringspan.kvstore.folder import segment_path
+from ringspan.kvstore.keys import PUBLIC_NAMESPACE, namespace_digest, page_keys
+from ringspan.kvstore.manifest import Manifest, assign_pages
+from ringspan.kvstore.page import EXACT, Origin
+from ringspan.kvstore.shard import ContextShard
+from ringspan.kvstore.transfer import load_shard, save_shard
+from ringspan.types import Span, coalesce, total_tokens
+
+
+@dataclass
+class HeldContext:
+    """This rank's shard of a context."""
+
+    shard: ContextShard
+    num_tokens: int
+    prefill: Prefill | None = None
+    """None when it was opened from a store."""
+
+
+@dataclass
+class Prefill:
+    """How far a prefill is, and what every rank holds of it."""
+
+    plan: PrefillPlan
+    token_ids: np.ndarray
+    cached: Deal
+    chunks_done: int = 0
+
+
+class Contexts:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._held: dict[str, HeldContext] = {}
+
+    def __getitem__(self, context_id: str) -> HeldContext:
+        if context_id not in self._held:
+            raise BadInput(
+                f"rank {self._runtime.rank} does not hold context {context_id}: open or prefill it "
+                "first"
+            )
+        return self._held[context_id]
+
+    def drop(self, context_id: str) -> None:
+        self._held.pop(context_id, None)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def begin(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+        """Memory for this rank's whole shard of the context."""
+        if len(token_ids) != plan.num_tokens:
+            raise BadInput(f"the plan is for {plan.num_tokens} tokens, {len(token_ids)} came")
+        self.drop(plan.context_id)
+        mine = sum(total_tokens(self._dealt(plan, chunk)[self._rank]) for chunk in plan.chunks)
+        shard = self._runtime.new_shard(plan.codec, mine, plan.page_tokens)
+        cached: Deal = ((),) * self._runtime.spec.world_size
+        self._held[plan.context_id] = HeldContext(
+            shard, plan.num_tokens, Prefill(plan, token_ids, cached)
+        )
+
+    def run_chunk(self, context_id: str, chunk_index: int) -> ChunkDone:
+        began = time.perf_counter()
+        transport = self._runtime.transport
+        waited, sent = transport.exchange_s, transport.sent_bytes
+        self._forward_chunk(context_id, chunk_index, logits=False)
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
+        held, prefill = self._prefilling(context_id)
+        span = prefill.plan.chunks[chunk_index]
+        return ChunkDone(
+            context_id=context_id,
+            rank=self._rank,
+            chunk_index=chunk_index,
+            span=span,
+            rank_tokens=total_tokens(self._dealt(prefill.plan, span)[self._rank]),
+            elapsed_s=time.perf_counter() - began,
+            exchange_s=transport.exchange_s - waited,
+            sent_bytes=transport.sent_bytes - sent,
+            kv_bytes=held.shard.kv_bytes,
+        )
+
+    def chunk_logits(
+        self, context_id: str, chunk_index: int
+    ) -> tuple[tuple[Span, ...], np.ndarray]:
+        """This rank's spans of the chunk and their logits, fp32 [T, vocabulary]."""
+        logits = self._forward_chunk(context_id, chunk_index, logits=True)
+        _, prefill = self._prefilling(context_id)
+        spans = self._dealt(prefill.plan, prefill.plan.chunks[chunk_index])[self._rank]
+        return spans, logits[: total_tokens(spans)].float().cpu().numpy()
+
+    def _forward_chunk(self, context_id: str, chunk_index: int, logits: bool) -> torch.Tensor:
+        held, prefill = self._prefilling(context_id)
+        plan, runtime = prefill.plan, self._runtime
+        if chunk_index != prefill.chunks_done:
+            raise BadInput(
+                f"chunk {chunk_index} of context {context_id} came, {prefill.chunks_done} is next"
+            )
+        dealt = self._dealt(plan, plan.chunks[chunk_index])
+        spans = dealt[self._rank]
+        held.shard.reserve(spans)
+        step = PrefillStep(
+            runtime.transport,
+            runtime.buffers,
+            plan.scheme,
+            runtime.spec.backend,
+            held.shard,
+            dealt,
+            prefill.cached,
+        )
+        # A rank that got no tokens still serves every hop: it takes one that counts for nothing.
+        where = positions(spans) if spans else torch.zeros(1, dtype=torch.int64)
+        ids = torch.from_numpy(prefill.token_ids[where.numpy()].astype(np.int64))
+        try:
+            out = runtime.forward(ids, where, step, logits=logits, last_only=False)
+        except torch.OutOfMemoryError as error:
+            held.shard.cancel()
+            why = str(error).strip().splitlines()[0]
+            raise TooLarge(
+                f"chunk {chunk_index} of {plan.chunk_tokens} tokens does not fit beside the KV on "
+                f"{runtime.device} ({why}); use a smaller --chunk-tokens"
+            ) from None
+        except BaseException:
+            held.shard.cancel()
+            raise
+        prefill.cached = tuple(
+            coalesce((*held_spans, *new))
+            for held_spans, new in zip(prefill.cached, dealt, strict=True)
+        )
+        prefill.chunks_done += 1
+        return out
+
+    def save(self, context_id: str, staging: str) -> ShardSaved:
+        """Writes this rank's pages into the staging folder."""
+        began = time.perf_counter()
+        held, prefill = self._prefilling(context_id)
+        plan = prefill.plan
+        if prefill.chunks_done != len(plan.chunks):
+            raise BadInput(
+                f"context {context_id} has {prefill.chunks_done} of {len(plan.chunks)} chunks: it "
+                "is saved when it is whole"
+            )
+        keys = page_keys(
+            self._runtime.facts.fingerprint, PUBLIC_NAMESPACE, prefill.token_ids, plan.page_tokens
+        )
+        with on_device(self._runtime.device):
+            records = save_shard(
+                held.shard, self._origin(plan), keys, segment_path(staging, self._rank)
+            )
+        return ShardSaved(
+            context_id=context_id,
+            rank=self._rank,
+            records=records,
+            elapsed_s=time.perf_counter() - began,
+        )
+
+    def open(self, manifest: Manifest, root: str) -> ShardOpened:
+        """Reads this rank's share of a stored context; every page is verified before use."""
+        began = time.perf_counter()
+        self.drop(manifest.context_id)
+        records = assign_pages(manifest, self._runtime.spec.world_size)[self._rank]
+        shard = self._runtime.new_shard(
+            manifest.codec, sum(r.span.tokens for r in records), manifest.page_tokens
+        )
+        with on_device(self._runtime.device):
+            load_shard(root, manifest, records, shard)
+        self._held[manifest.context_id] = HeldContext(shard, manifest.num_tokens)
+        return ShardOpened(
+            context_id=manifest.context_id,
+            rank=self._rank,
+            num_pages=len(records),
+            kv_bytes=shard.kv_bytes,
+            elapsed_s=time.perf_counter() - began,
+        )
+
+    @property
+    def _rank(self) -> int:
+        return self._runtime.rank
+
+    def _prefilling(self, context_id: str) -> tuple[HeldContext, Prefill]:
+        held = self[context_id]
+        if held.prefill is None:
+            raise BadInput(f"context {context_id} was opened from a store: it is complete")
+        return held, held.prefill
+
+    def _dealt(self, plan: PrefillPlan, chunk: Span) -> Deal:
+        return deal(plan.layout, chunk, self._runtime.spec.world_size, plan.page_tokens)
+
+    def _origin(self, plan: PrefillPlan) -> Origin:
+        """With a lossy codec every chunk but the first was computed over decoded pages."""
+        exact = codec(plan.codec).exact or len(plan.chunks) == 1
+        return Origin(
+            fingerprint=self._runtime.facts.fingerprint,
+            namespace=namespace_digest(PUBLIC_NAMESPACE),
+            rope=f"applied, scaling {self._runtime.spec.model.rope_scaling or 'none'}",
+            provenance=EXACT if exact else (f"attended over {plan.codec} pages",),
+        )
