@@ -51,15 +51,16 @@ class Answers:
             raise BadInput(f"session {request.session_id}: a question needs at least one token")
         session = self._session(request)
         sampler = Sampler(request, self._runtime.transport, self._runtime.device)
-        tokens = (*session.unseen, *tokens)
+        tokens, session.unseen = (*session.unseen, *tokens), ()
         for index in range(request.max_tokens):
             token = sampler.next(self._extend(session, tokens))
-            session.unseen = tokens = (token,)
+            tokens = (token,)
             reason = None
             if token in request.stop_ids:
-                reason = "stop"
+                reason = "stop"  # the token ends the turn; a next turn brings its own
             elif index + 1 == request.max_tokens:
                 reason = "length"
+            session.unseen = () if reason == "stop" else tokens
             yield TokenChunk(
                 session_id=request.session_id, index=index, token_id=token, finish_reason=reason
             )

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 import typer
 from typer.main import get_command
 
-from ringspan.deploy.commands import ask, contexts, doctor, prefill
+from ringspan.deploy.commands import contexts
+from ringspan.deploy.commands.ask import ask
+from ringspan.deploy.commands.doctor import doctor
 from ringspan.deploy.commands.options import spread_inputs
+from ringspan.deploy.commands.prefill import prefill
 from ringspan.errors import RingspanError
 
 app = typer.Typer(
@@ -26,10 +29,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("prefill")(prefill.prefill)
-app.command("ask")(ask.ask)
+app.command("prefill")(prefill)
+app.command("ask")(ask)
 app.add_typer(contexts.app, name="contexts")
-app.command("doctor")(doctor.doctor)
+app.command("doctor")(doctor)
 
 INTERRUPTED = 130
 

@@ -9,6 +9,7 @@ row over a million keys keeps most of the GPU idle: see `local._order`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -73,6 +74,8 @@ def _flash_attn_func() -> Callable[..., Any]:
     """The heavy import, once, when first wanted."""
     from flash_attn.cute import flash_attn_func
 
+    # Said once for each kernel that is compiled, of an argument that we leave out.
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")
     return flash_attn_func
 
 

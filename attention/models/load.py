@@ -57,6 +57,9 @@ def load_model(spec: ModelSpec, device: torch.device) -> LoadedModel:
             case _:
                 model = _pretrained(spec.name, config, dtype, device)
         refresh_rope_buffers(model)
+        if getattr(config, "attn_logit_softcapping", None):
+            # Unhooked it must be right too: sdpa, transformers 5.17's choice, ignores the cap.
+            model.set_attn_implementation("eager")
         model.eval().requires_grad_(False)
         facts = model_facts(
             model, name=spec.name, dtype=dtype_name(dtype), fingerprint=fingerprint(model)

@@ -45,7 +45,7 @@ QUESTIONS = (
     "What does the assert statement do?",
 )
 PREFILL_DEADLINE_S = 900.0
-ASK_DEADLINE_S = 300.0
+ASK_DEADLINE_S = 600.0
 FOLDER = Path(".cache") / "demo"
 
 
@@ -97,7 +97,7 @@ def _run() -> None:
         ask = [
             *ringspan_command(), "ask", str(done.context_id), *QUESTIONS,
             "--ranks", str(ranks), *placement_options(len(boards), ranks),
-            "--max-tokens", "40", "--store", str(store),
+            "--max-tokens", "32", "--store", str(store),
         ]  # fmt: skip
         shown(ask)
         env = {**head.env, "RAY_ADDRESS": head.address}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import pytest
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.events import Cancelled, PrefillProgress
 from ringspan.cluster.local_gang import LocalGang
-from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.cluster.messages import ChunkDone, GangSpec, ModelSpec, ShardSaved
 from ringspan.cluster.planner import PrefillOptions
+from ringspan.cluster.rank import Rank
 from ringspan.cluster.stored import Description
 from ringspan.errors import BadInput, RankLost, StoreError, TooLarge, UnknownName
 from ringspan.kvstore.folder import Store
@@ -147,25 +147,15 @@ def test_a_cancelled_prefill_leaves_nothing(gang: LocalGang, store: Store) -> No
     assert controller.prefill(TOKENS, OPTIONS).saved  # the gang is as good as before
 
 
-def test_a_save_that_fails_leaves_nothing(gang: LocalGang, store: Store) -> None:
-    controller = Controller(gang, store)
-
-    def take_the_folder_away(event: PrefillProgress) -> None:
-        shutil.rmtree(store.root / "staging", ignore_errors=True)
-        (store.root / "staging").write_text("in the way")
-
-    with pytest.raises(StoreError, match="staging"):
-        controller.prefill(TOKENS, OPTIONS, on_event=take_the_folder_away)
-    assert (store.ids(), controller.contexts) == ([], ())
-
-
 def test_a_context_of_another_model_is_refused_by_name(
     prefilled: tuple[Store, str, list[int]],
 ) -> None:
     store, name, _ = prefilled
-    with LocalGang(spec(1, ModelSpec(name="random:tiny", seed=4))) as other:
-        with pytest.raises(BadInput, match=rf"context {name} was made with --model random:tiny"):
-            Controller(other, store).open(name)
+    with (
+        LocalGang(spec(1, ModelSpec(name="random:tiny", seed=4))) as other,
+        pytest.raises(BadInput, match=rf"context {name} was made with --model random:tiny"),
+    ):
+        Controller(other, store).open(name)
 
 
 def test_what_is_not_there_is_refused(gang: LocalGang, store: Store) -> None:
@@ -179,16 +169,36 @@ def test_what_is_not_there_is_refused(gang: LocalGang, store: Store) -> None:
     assert not store.root.exists() or store.ids() == []
 
 
+class Faulty(Rank):
+    """Rank 1 fails in a third chunk, and once it has saved."""
+
+    def __init__(self, rank: int, spec: GangSpec) -> None:
+        super().__init__(rank, spec)
+        self.number = rank
+
+    def prefill_chunk(self, context_id: str, chunk_index: int) -> ChunkDone:
+        if self.number == 1 and chunk_index == 2:
+            raise ArithmeticError("a rank's own mistake")
+        return super().prefill_chunk(context_id, chunk_index)
+
+    def save(self, context_id: str, staging: str) -> ShardSaved:
+        saved = super().save(context_id, staging)
+        if self.number == 1:
+            raise StoreError("no room left")
+        return saved
+
+
+def test_a_save_that_fails_leaves_nothing_but_the_gang(store: Store) -> None:
+    with LocalGang(spec(2), rank_class=Faulty) as gang:
+        controller = Controller(gang, store)
+        with pytest.raises(StoreError, match=r"^rank 1 .* in saving context .*: no room left"):
+            controller.prefill(TOKENS[:300], OPTIONS)
+        assert not gang.lost
+        assert (store.ids(), staging_left(store), controller.contexts) == ([], [], ())
+
+
 def test_a_rank_that_fails_is_named_with_its_chunk_and_nothing_stays(store: Store) -> None:
-    from ringspan.cluster.rank import Rank
-
-    class FailsInChunkTwo(Rank):
-        def prefill_chunk(self, context_id: str, chunk_index: int):  # type: ignore[no-untyped-def]
-            if self._rank == 1 and chunk_index == 2:
-                raise ArithmeticError("a rank's own mistake")
-            return super().prefill_chunk(context_id, chunk_index)
-
-    with LocalGang(spec(2), rank_class=FailsInChunkTwo) as gang:
+    with LocalGang(spec(2), rank_class=Faulty) as gang:
         controller = Controller(gang, store)
         with pytest.raises(RankLost, match=r"^rank 1 .* prefill chunk 2 \[512, 701\): Arithmetic"):
             controller.prefill(TOKENS, OPTIONS)

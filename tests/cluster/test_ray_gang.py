@@ -8,17 +8,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.cloudpickle import register_pickle_by_value
 from ray.util import placement_group_table
 
+from ringspan.cluster.controller import Controller
+from ringspan.cluster.events import PrefillProgress
 from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.cluster.planner import PrefillOptions
 from ringspan.cluster.ray_cluster import connect
 from ringspan.cluster.ray_gang import RayGang
 from ringspan.errors import PeerTimeout, RankLost, StoreError, TooLarge, UnknownName
+from ringspan.kvstore.folder import Store
 
 pytestmark = pytest.mark.ray
 
@@ -182,3 +188,51 @@ def test_a_start_that_fails_leaves_nothing() -> None:
     assert reservations() == []
     assert threading.active_count() < 50
     assert ray.is_initialized()
+
+
+def test_real_ranks_prefill_over_gloo_and_one_that_is_killed_ends_the_prefill(
+    tmp_path: Path,
+) -> None:
+    tokens = np.random.default_rng(5).integers(0, 256, size=1100, dtype=np.int32)
+    options = PrefillOptions(chunk_tokens=256)
+    model = ModelSpec(name="random:tiny", seed=2)
+    store = Store(tmp_path / "store")
+    real = GangSpec(world_size=2, model=model, device="cpu", threads=1, timeout_s=30.0)
+
+    def answer(controller: Controller) -> list[int]:
+        session = controller.begin_session(name)
+        return [t.token_id for t in controller.ask(session, name, (7, 8), max_tokens=5)]
+
+    with RayGang(real) as gang:
+        controller = Controller(gang, store)
+        assert {ready.transport for ready in gang.ready} == {"gloo"}
+        name = controller.prefill(tokens, options).context_id
+        expected = answer(controller)
+
+        victim = gang.ready[1].pid
+        pids = [ready.pid for ready in gang.ready]
+        events: list[PrefillProgress] = []
+
+        def kill_after_the_first_chunk(event: PrefillProgress) -> None:
+            events.append(event)
+            if len(events) == 1:
+                os.kill(victim, signal.SIGKILL)
+
+        began = time.monotonic()
+        lost = rf"^rank 1 \(host .*, pid {victim}\) died in prefill chunk \d \[\d+, \d+\)"
+        with pytest.raises(RankLost, match=lost):
+            controller.prefill(
+                tokens[::-1], options, on_event=kill_after_the_first_chunk, again=True
+            )
+        assert time.monotonic() - began < 30
+        assert len(events) < 5
+        assert not any(is_alive(pid) for pid in pids)
+        assert reservations() == []
+    assert store.ids() == [name]
+    assert list((store.root / "staging").glob("*")) == []
+
+    one_actor = GangSpec(world_size=3, model=model, device="cpu", transport="loopback")
+    with RayGang(one_actor) as gang:
+        controller = Controller(gang, store)
+        controller.open(name)
+        assert answer(controller) == expected

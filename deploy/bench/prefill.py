@@ -1,0 +1,175 @@
+"""How fast is a prefill, beside the unmodified transformers model in one process on the same tokens?
+
+    ringspan bench prefill --model smollm2 --tokens 8192 --ranks 2 --json rows.jsonl
+
+First the answer is checked: the token that follows must be the one transformers gives (or one whose
+logit is as large within float error). Then both run in turn, `--repeats` times; one JSON row each
+with minimum, median and maximum, and the ratio pair by pair. On a CPU the one process gets as many
+threads as all the ranks together.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ringspan.attention.models.facts import prefill_flops
+from ringspan.cluster.controller import Controller
+from ringspan.cluster.messages import GangSpec, ModelFacts, PrefillPlan, RankReady
+from ringspan.cluster.planner import PrefillOptions
+from ringspan.deploy.bench.baseline import Baseline, BaselineSpec
+from ringspan.deploy.gangs import open_gang, open_ray
+from ringspan.deploy.machine import Hardware, hardware, versions
+from ringspan.errors import RingspanError
+
+BASELINE_TIMEOUT_S = 3600.0
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One case. Times in seconds; the ratio is ringspan's time over transformers', pair by pair."""
+
+    benchmark: str = "prefill"
+    command: str
+    tokens: int
+    repeats: int
+    min_s: float
+    median_s: float
+    max_s: float
+    tokens_per_s: float
+    tflops_per_s: float
+    all_s: tuple[float, ...]
+    baseline_s: tuple[float, ...] = ()
+    median_ratio: float | None = None
+    plan: PrefillPlan
+    facts: ModelFacts
+    ranks: tuple[RankReady, ...]
+    hardware: Hardware
+    versions: dict[str, str]
+
+
+def bench_prefill(
+    spec: GangSpec,
+    options: PrefillOptions,
+    token_ids: np.ndarray,
+    *,
+    repeats: int,
+    baseline: bool,
+    local: bool,
+    command: str,
+) -> Row:
+    """token_ids int32 [n + 1]: n are prefilled, the last one is asked with."""
+    context, question = token_ids[:-1], (int(token_ids[-1]),)
+    times: list[float] = []
+    theirs: list[float] = []
+    with open_ray(local), open_gang(spec, local) as gang:
+        controller = Controller(gang)
+        with _Peer(spec, gang.ready, token_ids) if baseline else _nobody() as peer:
+            for repeat in range(repeats + 1):  # the first one warms up, and is checked
+                done = controller.prefill(context, options)
+                if repeat == 0:
+                    session = controller.begin_session(done.context_id)
+                    [answer] = controller.ask(session, done.context_id, question, max_tokens=1)
+                    if peer is not None:
+                        peer.check(answer.token_id)
+                else:
+                    times.append(done.timings.prefill_s)
+                if peer is not None and (took := peer.run()) and repeat:
+                    theirs.append(took)
+        facts, ready = controller.facts, gang.ready
+    median_s = statistics.median(times)
+    return Row(
+        command=command,
+        tokens=len(context),
+        repeats=repeats,
+        min_s=min(times),
+        median_s=median_s,
+        max_s=max(times),
+        tokens_per_s=len(context) / median_s,
+        tflops_per_s=prefill_flops(facts, len(context)) / median_s / 1e12,
+        all_s=tuple(times),
+        baseline_s=tuple(theirs),
+        median_ratio=_median_ratio(times, theirs),
+        plan=done.plan,
+        facts=facts,
+        ranks=ready,
+        hardware=hardware(),
+        versions=versions(),
+    )
+
+
+def _median_ratio(times: Sequence[float], theirs: Sequence[float]) -> float | None:
+    if not theirs:
+        return None
+    return statistics.median(a / b for a, b in zip(times, theirs, strict=True))
+
+
+class _Peer:
+    """The transformers model in a process of its own, which answers a line with a line."""
+
+    def __init__(self, spec: GangSpec, ready: Sequence[RankReady], token_ids: np.ndarray) -> None:
+        import os
+
+        threads = spec.threads * spec.world_size or os.cpu_count() or 1
+        self._asked = BaselineSpec(
+            model=spec.model,
+            device=ready[0].device,
+            threads=threads,
+            token_ids=tuple(token_ids.tolist()),
+        )
+
+    def __enter__(self) -> _Peer:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ringspan.deploy.bench.baseline"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._first = self._ask(msgspec.json.encode(self._asked))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def check(self, token_id: int) -> None:
+        """Refuses to time what is wrong."""
+        best = self._first.logits
+        if token_id not in best:
+            raise RingspanError(
+                f"bench prefill: ringspan's next token is {token_id}, transformers' is one of "
+                f"{sorted(best)}: no time is reported for a wrong answer"
+            )
+
+    def run(self) -> float:
+        return self._ask(b"again").elapsed_s
+
+    def _ask(self, line: bytes) -> Baseline:
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(line + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            raise RingspanError(
+                f"bench prefill: the transformers process ended with {process.wait(10)}"
+            )
+        return msgspec.json.decode(answer, type=Baseline)
+
+
+class _nobody:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+
+def append_row(row: Row, path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(row) + b"\n")
