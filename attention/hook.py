@@ -38,7 +38,7 @@ def ringspan_attention(
         what = "attention sinks" if s_aux is not None else "an attention mask or a batch"
         raise UnsupportedModel(f"{type(module).__name__} needs {what}, which is not carried")
     rules = Rules(
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        layer=int(module.layer_idx),
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         window=sliding_window,
         softcap=softcap or 0.0,

@@ -28,9 +28,12 @@ class TensorSpec(NamedTuple):
 class Codec(Protocol):
     """How K and V become bytes. Stateless; equal for all ranks of a gang."""
 
-    name: str
-    exact: bool
-    """decode(encode(x)) is x, bit for bit."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool:
+        """decode(encode(x)) is x, bit for bit."""
 
     def specs(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         """The tensors that hold the encoded K and V of one layer, K's first."""
@@ -45,7 +48,8 @@ class Codec(Protocol):
 class KVShard(Protocol):
     """One rank's keys and values of one context, or of one session's tail."""
 
-    codec: Codec
+    @property
+    def codec(self) -> Codec: ...
 
     @property
     def spans(self) -> tuple[Span, ...]:

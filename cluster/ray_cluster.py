@@ -30,6 +30,7 @@ WORKER_PORTS = range(10002, 20000)
 """Ray refuses other services on its workers' ports."""
 
 START_ATTEMPTS = 2
+JOIN_TIMEOUT_S = 10.0
 HEAD_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 15.0
 LONGEST_TEMP_DIR = 40
@@ -227,14 +228,30 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address} is a Ray Client address, which ringspan does not use: submit "
             "with `ray job submit`, or set RAY_ADDRESS to host:port of the cluster's head"
         )
+    _check_listening(address)
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({line}): start it, or unset "
-            "RAY_ADDRESS for a private Ray on this machine"
-        ) from error
+        raise _nobody_answers(address, line) from error
+
+
+def _check_listening(address: str) -> None:
+    """Ray itself waits for minutes before it says that nobody is there."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return  # `auto`: Ray looks for the cluster itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_S).close()
+    except OSError as error:
+        raise _nobody_answers(address, str(error)) from None
+
+
+def _nobody_answers(address: str, why: str) -> BadInput:
+    return BadInput(
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({why}): start it, or unset "
+        "RAY_ADDRESS for a private Ray on this machine"
+    )
 
 
 @contextlib.contextmanager

@@ -297,11 +297,11 @@ def _death(error: RayActorError) -> str:
     text = str(error)
     if error.preempted:
         return "its node was taken away"
-    if "out of memory" in text.lower() or "oom" in text.lower():
-        return "killed for memory"
+    if "running low on memory" in text:  # Ray's own monitor; a guess at the kernel's is not told
+        return "Ray ended it because its node ran low on memory"
     if "creation task" in text:
         return text.strip().splitlines()[-1].strip()
-    if "node" in text.lower() and "died" in text.lower() and "worker" not in text.lower():
+    if "node" in text and "has been marked dead" in text:
         return "its node is gone"
     return "its process is gone"
 

@@ -81,7 +81,6 @@ class Runtime:
             elapsed_s=time.perf_counter() - began,
         )
 
-    @torch.inference_mode()
     def forward(
         self, ids: torch.Tensor, where: torch.Tensor, step: Step, *, logits: bool, last_only: bool
     ) -> torch.Tensor:
@@ -93,7 +92,7 @@ class Runtime:
             "use_cache": False,
             "ringspan": step,
         }
-        with on_device(self.device):
+        with on_device(self.device), torch.inference_mode():
             if logits:
                 out: torch.Tensor = self._model(**arguments, logits_to_keep=int(last_only)).logits
             else:

@@ -24,6 +24,9 @@ from ringspan.deploy.progress import bytes_words, meter
 from ringspan.deploy.record import Needles, RunRecord, prefilled
 from ringspan.kvstore.folder import Store
 
+LINK_GPU_BYTES, LINK_CPU_BYTES = 2**28, 2**24
+LINK_REPEATS = 5
+
 
 def run_needles(
     record: RunRecord,
@@ -45,6 +48,8 @@ def run_needles(
         stack.enter_context(open_ray(local))
         gang = _started(record, "start", spec, local, stack)
         record.ranks = gang.ready
+        if gang.world_size > 1:
+            record.measured["link_gb_per_s"] = link_gb_per_s(gang)
         controller = Controller(gang, folder)
         name = _prefill(record, controller, haystack, wanted)
         if folder is not None:
@@ -63,6 +68,16 @@ def run_needles(
         found=num_needles - len(missed),
         missed_positions=tuple(int(haystack.positions[i]) for i in missed),
     )
+
+
+def link_gb_per_s(gang: Gang) -> float:
+    """Of one ring exchange, per direction and rank; the slowest rank's median."""
+    on_gpu = gang.ready[0].device != "cpu"
+    num_bytes = LINK_GPU_BYTES if on_gpu else LINK_CPU_BYTES
+    taken = gang.call(
+        "measure_link", num_bytes, LINK_REPEATS, timeout_s=60.0, what="measuring the link"
+    )
+    return float(num_bytes / max(taken) / 1e9)
 
 
 def _started(

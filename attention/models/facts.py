@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import PretrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from ringspan.errors import TooLarge
 from ringspan.specs import ModelFacts
+
+if TYPE_CHECKING:  # planning needs the arithmetic alone, and transformers takes seconds to import
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def model_facts(model: PreTrainedModel, *, name: str, dtype: str, fingerprint: str) -> ModelFacts:

@@ -12,7 +12,6 @@ import msgspec
 
 from ringspan.cluster.messages import ModelSpec
 
-
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
 """Of the largest |logit|: a candidate so near to the best is the same answer."""
 

@@ -1,4 +1,4 @@
-"""How fast is a prefill, beside the unmodified transformers model in one process on the same tokens?
+"""How fast is a prefill, beside the transformers model in one process on the same tokens?
 
     ringspan bench prefill --model smollm2 --tokens 8192 --ranks 2 --json rows.jsonl
 

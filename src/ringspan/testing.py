@@ -49,4 +49,4 @@ def _function(where: str, name: str) -> Callable[..., Any]:
         raise ImportError(f"{where} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)

@@ -49,7 +49,7 @@ def total_tokens(spans: Iterable[Span]) -> int:
 
 
 def coalesce(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same positions in the same order, with touching neighbours joined and empties left out."""
+    """The same positions in the same order, touching neighbours joined, empties left out."""
     joined: list[Span] = []
     for span in spans:
         if not span.tokens:

@@ -100,7 +100,7 @@ def test_it_is_refused_in_one_line_that_says_why(
 def test_a_document_longer_than_the_models_positions_is_refused_before_it_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    np.save(tmp_path / "long.npy", np.zeros(2_000_000, dtype=np.int32))
+    np.save(tmp_path / "long.npy", np.zeros(2_097_153, dtype=np.int32))
     refused(capsys, *PREFILL, "--input", "long.npy", says="--rope-scaling yarn:")
 
 

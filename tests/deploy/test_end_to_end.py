@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ringspan.cluster.ray_cluster import connect
 from ringspan.deploy import cli
 from ringspan.deploy.record import read_record
 
@@ -188,7 +189,8 @@ def test_the_same_context_comes_out_of_a_ray_gang(
     assert cli.run([*ask, "--local", "--ranks", "1"]) == 0
     alone = capsys.readouterr().out
     prefill = [word for word in PREFILL if word != "--local"]
-    assert cli.run([*prefill, "--again", "--threads", "1"]) == 0
-    assert capsys.readouterr().out == f"{made[1]}\n"
-    assert cli.run([*ask, "--ranks", "2", "--threads", "1"]) == 0
-    assert capsys.readouterr().out == alone
+    with connect(num_cpus=2):  # one private Ray for both
+        assert cli.run([*prefill, "--again", "--threads", "1"]) == 0
+        assert capsys.readouterr().out == f"{made[1]}\n"
+        assert cli.run([*ask, "--ranks", "2", "--threads", "1"]) == 0
+        assert capsys.readouterr().out == alone
