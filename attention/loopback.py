@@ -40,7 +40,7 @@ class LoopbackWorld:
 
     world_size: int
     timeout_s: float = 60.0
-    poison: bool = False
+    poison: bool = True
     turn: threading.Condition = field(default_factory=threading.Condition)
     boxes: dict[tuple[int, int], deque[_Parcel]] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)

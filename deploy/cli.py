@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import typer
 from typer.main import get_command
 
-from ringspan.deploy.commands import contexts
+from ringspan.deploy.commands import bench, contexts
 from ringspan.deploy.commands.ask import ask
 from ringspan.deploy.commands.doctor import doctor
 from ringspan.deploy.commands.options import spread_inputs
@@ -33,6 +33,7 @@ app.command("prefill")(prefill)
 app.command("ask")(ask)
 app.add_typer(contexts.app, name="contexts")
 app.command("doctor")(doctor)
+app.add_typer(bench.app, name="bench")
 
 INTERRUPTED = 130
 

@@ -48,8 +48,7 @@ def run_needles(
         stack.enter_context(open_ray(local))
         gang = _started(record, "start", spec, local, stack)
         record.ranks = gang.ready
-        if gang.world_size > 1:
-            record.measured["link_gb_per_s"] = link_gb_per_s(gang)
+        _measure_link(record, gang)
         controller = Controller(gang, folder)
         name = _prefill(record, controller, haystack, wanted)
         if folder is not None:
@@ -70,14 +69,24 @@ def run_needles(
     )
 
 
-def link_gb_per_s(gang: Gang) -> float:
-    """Of one ring exchange, per direction and rank; the slowest rank's median."""
-    on_gpu = gang.ready[0].device != "cpu"
-    num_bytes = LINK_GPU_BYTES if on_gpu else LINK_CPU_BYTES
+def tell_link(record: RunRecord, spec: GangSpec, local: bool) -> None:
+    """The gang's link without any needles."""
+    with open_ray(local), open_gang(spec, local) as gang:
+        record.ranks = gang.ready
+        _measure_link(record, gang)
+
+
+def _measure_link(record: RunRecord, gang: Gang) -> None:
+    """GB/s of one ring exchange, per direction and rank; the slowest rank's median."""
+    if gang.world_size == 1:
+        return
+    ready = gang.ready[0]
+    num_bytes = LINK_CPU_BYTES if ready.device == "cpu" else LINK_GPU_BYTES
     taken = gang.call(
         "measure_link", num_bytes, LINK_REPEATS, timeout_s=60.0, what="measuring the link"
     )
-    return float(num_bytes / max(taken) / 1e9)
+    speed = record.measured["link_gb_per_s"] = float(num_bytes / max(taken) / 1e9)
+    print(f"speed      {'link_gb_per_s':24} {speed:,.3g}  ({ready.transport})", flush=True)
 
 
 def _started(

@@ -1,4 +1,4 @@
-"""Per-row symmetric quantisation to 8 bits, and the Walsh-Hadamard rotation.
+"""Per-row symmetric quantisation to 8 bits.
 
     scale = max |x| / M            M = 127 (int8) or 448 (fp8 e4m3)
     codes = round(x * (M / max |x|))      half to even
@@ -16,18 +16,12 @@ nothing is raised, since that would make a GPU wait.
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import torch
 
 INT8_MAX = 127.0
 FP8_MAX = 448.0
 TINY = 2.0**-100
 """Below it M / max |x| could overflow fp32."""
-
-_ROTATE_ROWS = 1 << 16
-"""Rows rotated at once, which bounds the fp32 temporaries (32 MiB each at D 128)."""
 
 
 def quantize_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
@@ -53,49 +47,27 @@ def dequantize_fp8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) 
 def quantize_ref(
     x: torch.Tensor, dtype: torch.dtype, largest: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition -> codes, scale. The kernel gives the same bits for int8."""
+    """The definition -> codes, scale. The kernel gives the same bits."""
     x = x.float()
     peak = x.abs().amax(-1)
     peak = torch.where(peak.isfinite(), peak, torch.nan)
     peak = torch.where(peak < TINY, 0.0, peak)
-    inverse = torch.where(peak == 0, 0.0, largest / peak)
+    # tensor by tensor: torch takes a number / tensor, or a tensor / number on a GPU, for a product
+    # with a rounded reciprocal, which is off by one bit now and then
+    most = torch.full_like(peak, largest)
+    inverse = torch.where(peak == 0, 0.0, most / peak)
+    scale = peak / most
     scaled = x * inverse[..., None]
     if dtype == torch.int8:
         # what nan becomes as an integer is the machine's business: make it 0
-        return torch.nan_to_num(scaled.round_(), nan=0.0).to(dtype), peak / largest
-    return scaled.clamp_(-largest, largest).to(dtype), peak / largest
-
-
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """x [..., D] H -> the same shape and dtype; H the orthonormal Walsh-Hadamard matrix.
-
-    H is symmetric and its own inverse: hadamard(hadamard(x)) is x up to rounding. fp32 inside.
-    Raises ValueError if D is not a power of two.
-    """
-    dim = x.shape[-1]
-    if dim & (dim - 1) or not dim:
-        raise ValueError(f"head_dim is {dim}, expected a power of two for the Hadamard rotation")
-    matrix = _hadamard_matrix(dim, x.device)
-    rows = x.reshape(-1, dim)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    for start in range(0, rows.shape[0], _ROTATE_ROWS):
-        out[start : start + _ROTATE_ROWS] = rows[start : start + _ROTATE_ROWS].float() @ matrix
-    return out.view(x.shape)
-
-
-@lru_cache(maxsize=16)
-def _hadamard_matrix(dim: int, device: torch.device) -> torch.Tensor:
-    """[D, D] fp32, by Sylvester's construction, scaled to be orthonormal."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < dim:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return (matrix / math.sqrt(dim)).to(device)
+        return torch.nan_to_num(scaled.round_(), nan=0.0).to(dtype), scale
+    return scaled.clamp_(-largest, largest).to(dtype), scale
 
 
 def _quantize(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, largest: float
 ) -> None:
-    _check(x, codes, scale, dtype)
+    check_codes(x, codes, scale, dtype)
     if not x.numel():
         return
     if x.is_cuda:
@@ -111,7 +83,7 @@ def _quantize(
 def _dequantize(
     codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    _check(out, codes, scale, dtype)
+    check_codes(out, codes, scale, dtype)
     if not out.numel():
         return
     if out.is_cuda:
@@ -124,7 +96,10 @@ def _dequantize(
         out.copy_(codes.float().mul_(scale[..., None]))
 
 
-def _check(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> None:
+def check_codes(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> None:
+    """Raises ValueError unless codes and scale have the shapes, dtypes and strides for x."""
     if codes.shape != x.shape or scale.shape != x.shape[:-1]:
         raise ValueError(
             f"x {tuple(x.shape)}, codes {tuple(codes.shape)}, scale {tuple(scale.shape)} are not "

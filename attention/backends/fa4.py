@@ -72,7 +72,9 @@ def _available(device_type: str) -> str | None:
 @lru_cache(maxsize=1)
 def _flash_attn_func() -> Callable[..., Any]:
     """The heavy import, once, when first wanted."""
-    from flash_attn.cute import flash_attn_func
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between the package and its own compiler
+        from flash_attn.cute import flash_attn_func
 
     # Said once for each kernel that is compiled, of an argument that we leave out.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")

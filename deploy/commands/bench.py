@@ -68,7 +68,7 @@ def prefill(
     check_plan_names(codec, scheme, layout)
     check_gang(spec, local)
     facts = check_model(spec)
-    check_size(facts, tokens + 2, chunk_tokens)
+    check_size(facts, tokens + 1, chunk_tokens)
     row = bench_prefill(
         spec,
         PrefillOptions(layout=layout, scheme=scheme, codec=codec, chunk_tokens=chunk_tokens),

@@ -97,9 +97,12 @@ def doctor(
         _tell_backends(cuda)
         if not no_speed:
             _measure(record, cuda)
+        from ringspan.deploy.needles import run_needles, tell_link
+
         if needles is None:
+            if not no_speed and (ranks or 1) > 1:
+                tell_link(record, spec, local)
             return
-        from ringspan.deploy.needles import run_needles
 
         print(
             f"needles    {needle_count} in {needles:,} tokens, {spec.model.name},"

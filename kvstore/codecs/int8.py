@@ -2,7 +2,7 @@
 
     y = x H / sqrt(D)            when D is a power of two (H: Hadamard matrix), else y = x
     scale = max_d |y_d| / 127    c_d = round(y_d / scale) in -127..127;  all-zero rows: c = 0
-    decode: x = (c * scale) H / sqrt(D)      (H / sqrt(D) is its own inverse)
+    decode: x = (c H) * (scale / sqrt(D))    (H / sqrt(D) is its own inverse; c H is exact)
 
 Bits per element: 8 codes + 32 / D scale (8.25 at D 128, 8.5 at D 64).
 The rotation spreads outlier channels over the row, so that the largest element, which sets the
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ringspan.kernels.quantize import dequantize_int8, hadamard, quantize_int8
-from ringspan.kvstore.codecs.scaled import row_slices, scaled_specs
+from ringspan.kernels.quantize import dequantize_int8, quantize_int8
+from ringspan.kernels.rotate import dequantize_rotate_int8, rotate_quantize_int8
+from ringspan.kvstore.codecs.scaled import scaled_specs
 
 if TYPE_CHECKING:
     from ringspan.attention.kv import TensorSpec
@@ -52,18 +53,10 @@ class Int8Codec:
 
 
 def _encode(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
-    for rows in row_slices(x):
-        y = x[rows].float()
-        if rotates(x.shape[-1]):
-            y = hadamard(y)
-        quantize_int8(y, codes[rows], scale[rows])
+    encode = rotate_quantize_int8 if rotates(x.shape[-1]) else quantize_int8
+    encode(x, codes, scale)
 
 
 def _decode(codes: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
-    for rows in row_slices(x):
-        if rotates(x.shape[-1]):
-            y = torch.empty(x[rows].shape, dtype=torch.float32, device=x.device)
-            dequantize_int8(codes[rows], scale[rows], y)
-            x[rows].copy_(hadamard(y))
-        else:
-            dequantize_int8(codes[rows], scale[rows], x[rows])
+    decode = dequantize_rotate_int8 if rotates(x.shape[-1]) else dequantize_int8
+    decode(codes, scale, x)

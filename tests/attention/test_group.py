@@ -39,11 +39,6 @@ def _schemes_bring_every_block(transport, rank, folder):
             assert seen[0] == rank
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_schemes_bring_every_block_between_processes(world_size, tmp_path):
-    spawn_ranks(_schemes_bring_every_block, world_size, tmp_path)
-
-
 def _collectives_agree(transport, rank, folder):
     gathered = transport.all_gather(torch.full((3, 2), float(rank)))
     assert gathered[:, 0, 0].tolist() == list(range(transport.world_size))
@@ -52,8 +47,14 @@ def _collectives_agree(transport, rank, folder):
     assert x.item() == 1
 
 
-def test_collectives_agree_between_processes(tmp_path):
-    spawn_ranks(_collectives_agree, 3, tmp_path)
+def _schemes_and_collectives(transport, rank, folder):
+    _schemes_bring_every_block(transport, rank, folder)
+    _collectives_agree(transport, rank, folder)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_schemes_and_collectives_work_between_processes(world_size, tmp_path):
+    spawn_ranks(_schemes_and_collectives, world_size, tmp_path)
 
 
 def _a_dead_peer_is_named(transport, rank, folder):

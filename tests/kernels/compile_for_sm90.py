@@ -15,6 +15,11 @@ from triton.compiler import ASTSource
 from ringspan.kernels.flash_triton import CONFIGS, _flash_kernel
 from ringspan.kernels.merge_triton import _merge_kernel
 from ringspan.kernels.quantize_triton import _dequantize_kernel, _quantize_kernel
+from ringspan.kernels.rotate_triton import (
+    _dequantize_rotate_kernel,
+    _rotate_quantize_kernel,
+    options,
+)
 from ringspan.kernels.sum64_triton import _sum64_kernel
 
 STRIDE_16 = [["tt.divisibility", 16]]
@@ -98,6 +103,7 @@ def all_kernels():
                 {**blocks, "INTEGER": codes == "i8"},
                 floats=("largest", "tiny"),
                 unaligned=("num_rows", "num_b"),
+                enable_fp_fusion=False,
             ),
         )
         yield (
@@ -109,6 +115,34 @@ def all_kernels():
                 unaligned=("num_rows", "num_b"),
             ),
         )
+    for dim in (64, 128, 256):
+        yield from rotate_kernels("bf16", dim)
+
+
+def rotate_kernels(dtype, dim):
+    blocks, unaligned = {"D": dim, "BLOCK_R": 64}, ("num_rows", "num_b")
+    yield (
+        f"rotate_quantize {dtype} D{dim}",
+        compile_kernel(
+            _rotate_quantize_kernel,
+            {"x": dtype, "codes": "i8", "scale": "fp32"},
+            blocks,
+            floats=("norm", "largest", "tiny"),
+            unaligned=unaligned,
+            **options(dim),
+        ),
+    )
+    yield (
+        f"dequantize_rotate {dtype} D{dim}",
+        compile_kernel(
+            _dequantize_rotate_kernel,
+            {"codes": "i8", "scale": "fp32", "out": dtype},
+            blocks,
+            floats=("norm",),
+            unaligned=unaligned,
+            **options(dim),
+        ),
+    )
 
 
 def main() -> None:

@@ -33,10 +33,13 @@ def compiled(tmp_path_factory):
     return {row["name"]: row for row in json.loads(done.stdout)}
 
 
-def test_flash_uses_the_warp_group_products_of_hopper(compiled):
-    flash = [row for name, row in compiled.items() if name.startswith("flash")]
-    assert len(flash) == 2
-    assert all(row["wgmma"] > 0 for row in flash)
+@pytest.mark.parametrize(
+    ("kernel", "variants"), [("flash", 2), ("rotate_quantize", 3), ("dequantize_rotate", 3)]
+)
+def test_products_are_the_warp_group_products_of_hopper(compiled, kernel, variants):
+    rows = [row for name, row in compiled.items() if name.split()[0] == kernel]
+    assert len(rows) == variants
+    assert all(row["wgmma"] > 0 for row in rows)
 
 
 def test_every_kernel_fits_the_shared_memory_of_a_hopper_multiprocessor(compiled):
@@ -46,4 +49,5 @@ def test_every_kernel_fits_the_shared_memory_of_a_hopper_multiprocessor(compiled
 
 def test_every_kernel_file_was_compiled(compiled):
     kinds = {name.split()[0] for name in compiled}
-    assert kinds == {"flash", "merge", "sum64", "quantize", "dequantize"}
+    rotate = {"rotate_quantize", "dequantize_rotate"}
+    assert kinds == {"flash", "merge", "sum64", "quantize", "dequantize"} | rotate

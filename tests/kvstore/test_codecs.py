@@ -57,7 +57,7 @@ def test_large_inputs_are_coded_in_slices_with_the_same_bytes(monkeypatch):
         tuple(torch.empty((50, *spec.shape), dtype=spec.dtype) for spec in specs) for _ in range(2)
     )
     codec("int8").encode(x, -x, whole)
-    monkeypatch.setattr("ringspan.kvstore.codecs.scaled.SLICE_ELEMENTS", 7 * 2 * 64)
+    monkeypatch.setattr("ringspan.kernels.rotate.SLICE_ELEMENTS", 7 * 2 * 64)
     codec("int8").encode(x, -x, sliced)
     assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 
