@@ -37,7 +37,7 @@ ROPE_SCALING = "yarn:4"
 PLANTED = "The special magic number mentioned in this text is 48213."
 PLANTED_AT = 0.6
 """Of the document's length."""
-DOCUMENT_TOKENS = 12_400
+DOCUMENT_TOKENS = 12_000
 DOCUMENT_CHARS = 80_000
 """More than the tokens above; the rest is cut off."""
 QUESTIONS = (
@@ -96,8 +96,8 @@ def _run() -> None:
         done = read_record(record)
         ask = [
             *ringspan_command(), "ask", str(done.context_id), *QUESTIONS,
-            "--ranks", str(ranks), *placement_options(len(boards), ranks),
-            "--max-tokens", "32", "--store", str(store),
+            "--ranks", str(max(len(boards), 1)),  # on a CPU fewer than stored it: pages fit any
+            "--max-tokens", "24", "--store", str(store),
         ]  # fmt: skip
         shown(ask)
         env = {**head.env, "RAY_ADDRESS": head.address}
