@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ class _Session:
     context_id: str
     tail: ContextShard
     next_position: int
+    pool_name: str
     unseen: tuple[int, ...] = ()
     """Generated last, not yet taken through the model."""
 
@@ -32,17 +34,21 @@ class Answers:
     def __init__(self, runtime: Runtime, contexts: Contexts) -> None:
         self._runtime, self._contexts = runtime, contexts
         self._sessions: dict[str, _Session] = {}
+        self._tails = itertools.count()
 
     def end(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._runtime.pool.free(session.pool_name)
 
     def end_all_on(self, context_id: str) -> None:
         for session_id, session in list(self._sessions.items()):
             if session.context_id == context_id:
-                del self._sessions[session_id]
+                self.end(session_id)
 
     def clear(self) -> None:
-        self._sessions.clear()
+        for session_id in list(self._sessions):
+            self.end(session_id)
 
     def generate(self, request: AnswerRequest) -> Iterator[TokenChunk]:
         """Extends the session's tail by the request's tokens, then yields token after token."""
@@ -83,16 +89,18 @@ class Answers:
         page_tokens = page_tokens_for(facts.head_dim)
         more = owned(Span(start, stop), runtime.rank, runtime.spec.world_size, page_tokens)
         held = session.tail.num_tokens if session else 0
-        tail = runtime.new_shard("raw", held + total_tokens(more), page_tokens)
+        name = f"tail {next(self._tails)} of session {request.session_id}"
+        tail = runtime.new_shard(name, "raw", held + total_tokens(more), page_tokens)
         if session is None:
-            session = _Session(request.context_id, tail, start)
+            session = _Session(request.context_id, tail, start, name)
             self._sessions[request.session_id] = session
         else:
             tail.reserve(session.tail.spans)
             for layer in range(facts.num_layers):
                 k, v = session.tail.tensors(layer)
                 tail.write(layer, k, v)
-            session.tail = tail
+            runtime.pool.free(session.pool_name)
+            session.tail, session.pool_name = tail, name
         return session
 
     def _extend(self, session: _Session, tokens: tuple[int, ...]) -> torch.Tensor:

@@ -34,13 +34,3 @@ def product_name(device: torch.device) -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "CPU"
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can still be allocated: on a CPU, of the host's memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -169,7 +169,8 @@ def explain(plan: PrefillPlan, facts: ModelFacts, ready: Sequence[RankReady]) ->
         (
             f"{plan.num_tokens:,} tokens of {facts.name} ({facts.dtype}) over {where} "
             f"({ready[0].transport})",
-            f"{len(plan.chunks)} chunk{'' if len(plan.chunks) == 1 else 's'} of {plan.chunk_tokens:,} tokens, layout {plan.layout}, "
+            f"{len(plan.chunks)} chunk{'s' * (len(plan.chunks) != 1)} of "
+            f"{plan.chunk_tokens:,} tokens, layout {plan.layout}, "
             f"scheme {plan.scheme}, {flops:.3g} FLOP",
             f"KV {_gib(kv_bytes(plan, facts))} as {plan.codec} in pages of {plan.page_tokens}; "
             f"the fullest rank takes {_gib(need.kv_bytes)}, {_gib(need.exchange_bytes)} for "

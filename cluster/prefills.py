@@ -58,10 +58,12 @@ class Contexts:
         return self._held[context_id]
 
     def drop(self, context_id: str) -> None:
-        self._held.pop(context_id, None)
+        if self._held.pop(context_id, None) is not None:
+            self._runtime.pool.free(_pool_name(context_id))
 
     def clear(self) -> None:
-        self._held.clear()
+        for context_id in list(self._held):
+            self.drop(context_id)
 
     def begin(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
         """Memory for this rank's whole shard of the context."""
@@ -69,7 +71,9 @@ class Contexts:
             raise BadInput(f"the plan is for {plan.num_tokens} tokens, {len(token_ids)} came")
         self.drop(plan.context_id)
         mine = sum(total_tokens(self._dealt(plan, chunk)[self._rank]) for chunk in plan.chunks)
-        shard = self._runtime.new_shard(plan.codec, mine, plan.page_tokens)
+        shard = self._runtime.new_shard(
+            _pool_name(plan.context_id), plan.codec, mine, plan.page_tokens
+        )
         cached: Deal = ((),) * self._runtime.spec.world_size
         self._held[plan.context_id] = HeldContext(
             shard, plan.num_tokens, Prefill(plan, token_ids, cached)
@@ -175,11 +179,16 @@ class Contexts:
         began = time.perf_counter()
         self.drop(manifest.context_id)
         records = assign_pages(manifest, self._runtime.spec.world_size)[self._rank]
-        shard = self._runtime.new_shard(
-            manifest.codec, sum(r.span.tokens for r in records), manifest.page_tokens
-        )
-        with on_device(self._runtime.device):
-            load_shard(root, manifest, records, shard)
+        name = _pool_name(manifest.context_id)
+        tokens = sum(record.span.tokens for record in records)
+        shard = self._runtime.new_shard(name, manifest.codec, tokens, manifest.page_tokens)
+        try:
+            with on_device(self._runtime.device):
+                load_shard(root, manifest, records, shard)
+        except BaseException:
+            del shard
+            self._runtime.pool.free(name)
+            raise
         self._held[manifest.context_id] = HeldContext(shard, manifest.num_tokens)
         return ShardOpened(
             context_id=manifest.context_id,
@@ -211,3 +220,7 @@ class Contexts:
             rope=f"applied, scaling {self._runtime.spec.model.rope_scaling or 'none'}",
             provenance=EXACT if exact else (f"attended over {plan.codec} pages",),
         )
+
+
+def _pool_name(context_id: str) -> str:
+    return f"context {context_id}"

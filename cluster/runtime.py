@@ -18,9 +18,10 @@ from ringspan.attention.hook import bind
 from ringspan.attention.loopback import LoopbackWorld
 from ringspan.attention.models.load import load_model
 from ringspan.attention.transport import Message, Transport
-from ringspan.cluster.device import device_named, free_bytes, on_device, product_name
+from ringspan.cluster.device import device_named, on_device, product_name
 from ringspan.cluster.messages import GangSpec, ModelFacts, RankReady
 from ringspan.kvstore.codecs.registry import codec
+from ringspan.kvstore.pool import RESERVE_BYTES, Pool, free_bytes
 from ringspan.kvstore.shard import ContextShard
 
 Rendezvous = tuple[str, int] | LoopbackWorld
@@ -40,6 +41,8 @@ class Runtime:
     facts: ModelFacts
     dtype: torch.dtype
     """What K and V are computed in."""
+    pool: Pool
+    """All KV of this rank; ranks that share a device share its memory evenly."""
 
     def __init__(self, rank: int, spec: GangSpec) -> None:
         self.rank, self.spec = rank, spec
@@ -66,8 +69,11 @@ class Runtime:
             self._model, self.facts = loaded.model, loaded.facts
             self.dtype = getattr(torch, loaded.facts.dtype)
             bind(self._model)
-        loopback = isinstance(rendezvous, LoopbackWorld)
-        shares = loopback or self.device.type == "cpu"
+            loopback = isinstance(rendezvous, LoopbackWorld)
+            sharers = spec.world_size if loopback or self.device.type == "cpu" else 1
+            free = free_bytes(self.device)
+            reserve = RESERVE_BYTES[self.device.type]
+            self.pool = Pool(self.device, max(0, free - reserve) // sharers)
         return RankReady(
             rank=self.rank,
             device=str(self.device),
@@ -77,7 +83,7 @@ class Runtime:
             transport="loopback" if loopback else self._backend(),
             facts=loaded.facts,
             weights_bytes=loaded.weights_bytes,
-            free_bytes=free_bytes(self.device) // (spec.world_size if shares else 1),
+            free_bytes=free // sharers,
             elapsed_s=time.perf_counter() - began,
         )
 
@@ -99,17 +105,20 @@ class Runtime:
                 out = self._model.base_model(**arguments).last_hidden_state
         return out[0]
 
-    def new_shard(self, codec_name: str, capacity_tokens: int, page_tokens: int) -> ContextShard:
-        """Memory for `capacity_tokens` on this device. Raises TooLarge."""
+    def new_shard(
+        self, name: str, codec_name: str, capacity_tokens: int, page_tokens: int
+    ) -> ContextShard:
+        """Memory for `capacity_tokens`, held in the pool under `name` until `pool.free(name)`.
+        Raises TooLarge with the numbers."""
         facts = self.facts
         with on_device(self.device):
-            return ContextShard(
+            return self.pool.allocate(
+                name,
                 codec(codec_name),
                 facts.num_layers,
                 facts.num_kv_heads,
                 facts.head_dim,
                 self.dtype,
-                self.device,
                 capacity_tokens,
                 page_tokens,
             )

@@ -93,8 +93,13 @@ class Pool:
         )
 
     def free(self, name: str) -> None:
-        """Give the shard's memory back to the device. Repeating it does no harm."""
-        if self._shards.pop(name, None) is not None and self.device.type == "cuda":
+        """Give the shard's memory back. Repeating it does no harm.
+
+        A context's goes back to the device; a tail's stays with torch's allocator for the next one.
+        """
+        shard = self._shards.pop(name, None)
+        if shard is not None and shard.capacity_bytes >= GIB and self.device.type == "cuda":
+            del shard
             torch.cuda.empty_cache()
 
 

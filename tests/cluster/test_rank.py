@@ -213,6 +213,32 @@ def test_all_ranks_hold_all_tokens_once_and_rounds_of_tail_pages():
     ]
 
 
+def test_what_is_ended_and_dropped_gives_its_memory_back():
+    model = "random:tiny-llama"
+    world, ranks = gang(model, 2)
+    prefill(world, ranks, make_plan(model, 300, 512), np.zeros(300, dtype=np.int32))
+    for session in ("a", "b", "a"):
+        request = AnswerRequest(
+            session_id=session, context_id="c", token_ids=(1, 2, 3), max_tokens=2
+        )
+        generate(world, ranks, request)
+    pool = ranks[0].contexts._runtime.pool
+    assert sorted(name.split()[0] for name in pool.shards) == ["context", "tail", "tail"]
+    world.run([lambda r=r: r.end_session("a") for r in ranks])
+    assert len(pool.shards) == 2
+    world.run([lambda r=r: r.drop("c") for r in ranks])
+    assert not pool.shards
+    assert pool.in_use_bytes == 0
+
+
+def test_a_context_that_does_not_fit_is_refused_with_the_numbers():
+    world, (rank,) = gang("random:tiny-llama", 1)
+    plan = make_plan("random:tiny-llama", 10**8, 2**20)
+    ids = np.broadcast_to(np.int32(0), (10**8,))
+    with pytest.raises(TooLarge, match=r"context c needs [\d.]+ GiB of KV on cpu, [\d.]+ GiB are"):
+        world.run([lambda: rank.begin_prefill(plan, ids)])
+
+
 def test_a_chunk_out_of_order_and_an_unknown_context_are_refused():
     world, (rank,) = gang("random:tiny-llama", 1)
     plan = make_plan("random:tiny-llama", 300, 128)
