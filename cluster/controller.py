@@ -10,7 +10,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -20,7 +19,6 @@ from ringspan.cluster.events import (
     IsCancelled,
     OnEvent,
     PrefillDone,
-    PrefillProgress,
     PrefillTimings,
     ignore_event,
     never,
@@ -37,6 +35,7 @@ from ringspan.cluster.messages import (
 )
 from ringspan.cluster.pace import Pace
 from ringspan.cluster.planner import PrefillOptions, kv_bytes, plan_prefill
+from ringspan.cluster.prefill_run import PrefillRun
 from ringspan.cluster.session import ContextHandle, Sessions
 from ringspan.cluster.stored import Description, manifest_of, store_bytes
 from ringspan.errors import BadInput, RingspanError, StoreError, UnknownName
@@ -147,7 +146,7 @@ class Controller:
             what=f"beginning context {name}",
         )
         planned = time.perf_counter()
-        run = _Run(plan, Pace(plan, self.facts), planned)
+        run = PrefillRun(plan, Pace(plan, self.facts), planned)
         self._run_chunks(run, on_event, cancelled)
         computed = time.perf_counter()
         if self._store is not None:
@@ -174,7 +173,7 @@ class Controller:
             ),
         )
 
-    def _run_chunks(self, run: _Run, on_event: OnEvent, cancelled: IsCancelled) -> None:
+    def _run_chunks(self, run: PrefillRun, on_event: OnEvent, cancelled: IsCancelled) -> None:
         """Chunk after chunk, the next one always submitted before the last one is waited for."""
         plan = run.plan
         num_chunks = len(plan.chunks)
@@ -370,41 +369,3 @@ class Controller:
             self._gang.call("drop", name, timeout_s=TIDY_TIMEOUT_S, what=f"dropping context {name}")
         except RingspanError:
             self._gang.close()
-
-
-@dataclass
-class _Run:
-    """One prefill under way."""
-
-    plan: PrefillPlan
-    pace: Pace
-    began: float
-    """perf_counter when the first chunk was submitted."""
-    kv_bytes: int = 0
-    sent_bytes: int = 0
-    exchange_s: float = 0.0
-    chunk_s: tuple[float, ...] = ()
-
-    def add(self, done: list[ChunkDone]) -> PrefillProgress:
-        """Every rank is done with the next chunk."""
-        slowest_s = max(rank.elapsed_s for rank in done)
-        self.pace.done(slowest_s)
-        self.chunk_s = (*self.chunk_s, slowest_s)
-        self.kv_bytes = sum(rank.kv_bytes for rank in done)
-        self.sent_bytes += sum(rank.sent_bytes for rank in done)
-        self.exchange_s += sum(rank.exchange_s for rank in done)
-        span = done[0].span
-        elapsed_s = time.perf_counter() - self.began
-        return PrefillProgress(
-            context_id=self.plan.context_id,
-            chunk_index=done[0].chunk_index,
-            num_chunks=len(self.plan.chunks),
-            span=span,
-            tokens_done=span.stop,
-            num_tokens=self.plan.num_tokens,
-            elapsed_s=elapsed_s,
-            tokens_per_s=span.stop / max(elapsed_s, 1e-9),
-            left_s=self.pace.left_s(),
-            kv_bytes=self.kv_bytes,
-            sent_bytes=self.sent_bytes,
-        )
