@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
-from ringspan.cluster.controller import Controller
 from ringspan.deploy.answers import Voice, voice_for
 from ringspan.deploy.checks import check_gang
 from ringspan.deploy.commands import options
@@ -23,7 +22,9 @@ from ringspan.deploy.gangs import open_gang
 from ringspan.deploy.questions import check_given, questions
 from ringspan.deploy.record import Answered, recording
 from ringspan.errors import BadInput
-from ringspan.kvstore.folder import Store
+
+if TYPE_CHECKING:
+    from ringspan.cluster.controller import Controller
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 Questions = Annotated[
@@ -60,6 +61,10 @@ def ask(
     with recording(json, asked) as record, contextlib.ExitStack() as stack:
         _check_sampling(max_tokens, temperature, top_p)
         check_given(given)
+        existing(store)
+        from ringspan.cluster.controller import Controller
+        from ringspan.kvstore.folder import Store
+
         folder = Store(existing(store))
         manifest = folder.manifest(context)
         record.context_id = manifest.context_id

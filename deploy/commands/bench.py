@@ -11,7 +11,6 @@ import numpy as np
 import typer
 
 from ringspan.cluster.messages import ModelSpec
-from ringspan.cluster.planner import PrefillOptions
 from ringspan.deploy.checks import check_gang, check_model, check_plan_names, check_size
 from ringspan.deploy.commands import options
 
@@ -54,6 +53,7 @@ def prefill(
     json: Rows = None,
 ) -> None:
     """Time of a prefill beside the transformers model in one process."""
+    from ringspan.cluster.planner import PrefillOptions
     from ringspan.deploy.bench.prefill import append_row, bench_prefill
 
     spec = options.gang_spec(

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ringspan.attention.local import explain
 from ringspan.cluster.messages import ModelSpec
-from ringspan.cluster.planner import PrefillOptions
 from ringspan.deploy.checks import (
     check_gang,
     check_model,
@@ -97,6 +95,7 @@ def doctor(
         _tell_backends(cuda)
         if not no_speed:
             _measure(record, cuda)
+        from ringspan.cluster.planner import PrefillOptions
         from ringspan.deploy.needles import run_needles, tell_link
 
         if needles is None:
@@ -157,6 +156,8 @@ def _tell_machine(machine: Hardware, versions: dict[str, str]) -> None:
 
 
 def _tell_backends(cuda: bool) -> None:
+    from ringspan.attention.local import explain
+
     chosen = False
     for name, usable, reason in explain("cuda" if cuda else "cpu"):
         first = usable and not chosen

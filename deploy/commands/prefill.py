@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ringspan.attention.models.facts import prefill_flops
-from ringspan.cluster.controller import Controller
 from ringspan.cluster.messages import GangSpec, ModelSpec
-from ringspan.cluster.planner import PrefillOptions, explain
-from ringspan.cluster.stored import Description
 from ringspan.deploy.checks import (
     check_gang,
     check_model,
@@ -31,7 +28,11 @@ from ringspan.deploy.progress import bytes_words, meter
 from ringspan.deploy.record import RunRecord, prefilled, recording
 from ringspan.deploy.tokenise import Prepared, describe_sources, prepare
 from ringspan.errors import BadInput
-from ringspan.kvstore.folder import Store
+
+if TYPE_CHECKING:  # torch takes seconds to import: only a run that passed its checks does
+    from ringspan.cluster.planner import PrefillOptions
+    from ringspan.cluster.stored import Description
+    from ringspan.kvstore.folder import Store
 
 Input = Annotated[
     list[str],
@@ -106,6 +107,10 @@ def prefill(
             )
             check_size(facts, len(prepared.token_ids), chunk_tokens)
         _say(f"{len(prepared.token_ids):,} tokens for {model} ({facts.family})")
+        from ringspan.cluster.planner import PrefillOptions
+        from ringspan.cluster.stored import Description
+        from ringspan.kvstore.folder import Store
+
         _run(
             record,
             spec,
@@ -139,6 +144,9 @@ def _run(
     local: bool,
 ) -> None:
     """Gang, prefill, save; figures into the record."""
+    from ringspan.cluster.controller import Controller
+    from ringspan.cluster.planner import explain
+
     with contextlib.ExitStack() as stack:
         with record.phase("start"):
             gang = stack.enter_context(open_gang(spec, local))
