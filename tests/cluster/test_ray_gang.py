@@ -15,13 +15,16 @@ import msgspec
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.cloudpickle import register_pickle_by_value
 from ray.util import placement_group_table
 
+from ringspan.attention.models.load import load_model
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.events import PrefillProgress
+from ringspan.cluster.gang import Gang
 from ringspan.cluster.local_gang import LocalGang
-from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.cluster.messages import GangSpec, ModelSpec, PrefillPlan
 from ringspan.cluster.planner import PrefillOptions
 from ringspan.cluster.ray_cluster import connect
 from ringspan.cluster.ray_gang import RayGang
@@ -192,6 +195,23 @@ def test_a_start_that_fails_leaves_nothing() -> None:
     assert ray.is_initialized()
 
 
+def check_logits(gang: Gang, plan: PrefillPlan, tokens: np.ndarray) -> None:
+    """Processes over gloo give the logits of the unmodified transformers model in one process."""
+    model = load_model(gang.spec.model, torch.device("cpu")).model
+    with torch.inference_mode():
+        want = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].numpy()
+    gang.call("begin_prefill", plan, tokens, timeout_s=60, what="begin")
+    for index in range(len(plan.chunks)):
+        for spans, rows in gang.call(
+            "chunk_logits", plan.context_id, index, timeout_s=60, what="logits"
+        ):
+            held = [i for span in spans for i in range(span.start, span.stop)]
+            if not held:  # the short last chunk is one page, which one rank has
+                continue
+            assert np.abs(rows - want[held]).max() <= 1e-5 * np.abs(want).max()
+    gang.call("drop", plan.context_id, timeout_s=60, what="drop")
+
+
 def test_real_ranks_prefill_over_gloo_and_one_that_is_killed_ends_the_prefill(
     tmp_path: Path,
 ) -> None:
@@ -208,6 +228,7 @@ def test_real_ranks_prefill_over_gloo_and_one_that_is_killed_ends_the_prefill(
     with RayGang(real) as gang:
         controller = Controller(gang, store)
         assert {ready.transport for ready in gang.ready} == {"gloo"}
+        check_logits(gang, controller.plan(tokens, options), tokens)
         name = controller.prefill(tokens, options).context_id
         expected = answer(controller)
 
