@@ -10,6 +10,8 @@ threads as all the ranks together.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+import ringspan
 from ringspan.attention.models.facts import prefill_flops
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.messages import GangSpec, ModelFacts, PrefillPlan, RankReady
@@ -69,7 +72,7 @@ def bench_prefill(
     theirs: list[float] = []
     with open_ray(local), open_gang(spec, local) as gang:
         controller = Controller(gang)
-        with _Peer(spec, gang.ready, token_ids) if baseline else _nobody() as peer:
+        with _Peer(spec, gang.ready, token_ids) if baseline else contextlib.nullcontext() as peer:
             for repeat in range(repeats + 1):  # the first one warms up, and is checked
                 done = controller.prefill(context, options)
                 if repeat == 0:
@@ -113,8 +116,6 @@ class _Peer:
     """The transformers model in a process of its own, which answers a line with a line."""
 
     def __init__(self, spec: GangSpec, ready: Sequence[RankReady], token_ids: np.ndarray) -> None:
-        import os
-
         threads = spec.threads * spec.world_size or os.cpu_count() or 1
         self._asked = BaselineSpec(
             model=spec.model,
@@ -124,12 +125,20 @@ class _Peer:
         )
 
     def __enter__(self) -> _Peer:
+        # The process finds the package where this one found it, installed or not.
+        paths = [str(Path(ringspan.__file__).resolve().parent.parent)]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ringspan.deploy.bench.baseline"],
+            [sys.executable, "-P", "-m", "ringspan.deploy.bench.baseline"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
-        self._first = self._ask(msgspec.json.encode(self._asked))
+        try:
+            self._first = self._ask(msgspec.json.encode(self._asked))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -160,14 +169,6 @@ class _Peer:
                 f"bench prefill: the transformers process ended with {process.wait(10)}"
             )
         return msgspec.json.decode(answer, type=Baseline)
-
-
-class _nobody:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
 
 
 def append_row(row: Row, path: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 from ringspan.cluster.messages import ModelSpec
 from ringspan.deploy.checks import check_gang, check_model, check_plan_names, check_size
 from ringspan.deploy.commands import options
+from ringspan.errors import BadInput
 
 app = typer.Typer(
     help="Measure, beside what it is measured against.",
@@ -65,6 +66,8 @@ def prefill(
         threads=threads,
         timeout_s=timeout,
     )
+    if tokens < 1 or repeats < 1:
+        raise BadInput(f"--tokens {tokens} --repeats {repeats}: wanted at least 1 of each")
     check_plan_names(codec, scheme, layout)
     check_gang(spec, local)
     facts = check_model(spec)
