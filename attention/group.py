@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ringspan.attention.exposure import Exposure
 from ringspan.attention.transport import Message, as_bytes
 from ringspan.errors import PeerTimeout
 
@@ -43,10 +44,13 @@ class GroupTransport:
     def __init__(self, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
         self.rank, self.world_size = rank, world_size
         self.exchange_s, self.sent_bytes = 0.0, 0
+        self.exposure = Exposure(device)
         self._timeout = timedelta(seconds=timeout_s)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, sends: Sequence[Message], recvs: Sequence[Message]) -> _GroupPending:
+    def start(
+        self, sends: Sequence[Message], recvs: Sequence[Message], step: int = 0
+    ) -> _GroupPending:
         # One tag per place in the list: gloo then matches several tensors of one pair in order.
         ops: list[dist.P2POp] = []
         seen: dict[tuple[bool, int], int] = {}
@@ -58,15 +62,17 @@ class GroupTransport:
                     ops.append(dist.P2POp(op, as_bytes(tensor), peer, tag=tag))
         self.sent_bytes += sum(m.tensor.nbytes for m in sends)
         if not ops:
-            return _GroupPending(self, [], [])
+            return _GroupPending(self, [], [], step)
         peers = [op.peer for op in ops]
         if self._stream is None:
-            return _GroupPending(self, dist.batch_isend_irecv(ops), peers)
+            return _GroupPending(self, dist.batch_isend_irecv(ops), peers, step)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for work in dist.batch_isend_irecv(ops):
                 work.wait()
-        return _GroupPending(self, [], peers)
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return _GroupPending(self, [], peers, step, done)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
@@ -97,14 +103,27 @@ class GroupTransport:
 
 
 class _GroupPending:
-    def __init__(self, transport: GroupTransport, works: list[dist.Work], peers: list[int]) -> None:
-        self._transport, self._works, self._peers = transport, works, peers
+    def __init__(
+        self,
+        transport: GroupTransport,
+        works: list[dist.Work],
+        peers: list[int],
+        step: int,
+        done: torch.cuda.Event | None = None,
+    ) -> None:
+        self._transport, self._works, self._peers, self._step = transport, works, peers, step
+        self._done = done
 
     def wait(self) -> None:
         transport = self._transport
-        if transport._stream is not None:
-            torch.cuda.current_stream().wait_stream(transport._stream)
-            return
+        with transport.exposure.waiting(self._step):
+            if transport._stream is None:
+                self._wait()
+            elif self._done is not None:  # this exchange alone: later ones may go on
+                torch.cuda.current_stream().wait_event(self._done)
+
+    def _wait(self) -> None:
+        transport = self._transport
         began = time.perf_counter()
         for work, peer in zip(self._works, self._peers, strict=True):
             try:

@@ -34,14 +34,16 @@ def ringspan_attention(
     step: Step | None = kwargs.get("ringspan")
     if step is None:
         raise ValueError("the model runs with ringspan's attention but without a step")
-    if s_aux is not None or attention_mask is not None or query.shape[0] != 1:
-        what = "attention sinks" if s_aux is not None else "an attention mask or a batch"
-        raise UnsupportedModel(f"{type(module).__name__} needs {what}, which is not carried")
+    if attention_mask is not None or query.shape[0] != 1:
+        raise UnsupportedModel(
+            f"{type(module).__name__} needs an attention mask or a batch, which is not carried"
+        )
     rules = Rules(
         layer=int(module.layer_idx),
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         window=sliding_window,
         softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
     )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return step.attend(rules, q, k, v)[None], None

@@ -45,6 +45,28 @@ class Codec(Protocol):
         """`tensors` [T, ...] -> k, v [T, Hkv, D] in the compute dtype."""
 
 
+class Plain:
+    """K and V as they were computed: how a step's new keys travel."""
+
+    name = "plain"
+    exact = True
+
+    def specs(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+        shape = (num_kv_heads, head_dim)
+        return TensorSpec("k", shape, dtype), TensorSpec("v", shape, dtype)
+
+    def encode(self, k: torch.Tensor, v: torch.Tensor, into: tuple[torch.Tensor, ...]) -> None:
+        into[0].copy_(k)
+        into[1].copy_(v)
+
+    def decode(self, tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor) -> None:
+        k.copy_(tensors[0])
+        v.copy_(tensors[1])
+
+
+PLAIN = Plain()
+
+
 class KVShard(Protocol):
     """One rank's keys and values of one context, or of one session's tail."""
 

@@ -42,12 +42,14 @@ def attend(
     window: int | None = None,
     softcap: float = 0.0,
     backend: str = "auto",
+    into: Part | None = None,
 ) -> Part:
     """Attention of q over k and v, on the device where they lie.
 
     q [T, Hq, D]; k, v [S, Hkv, D], Hkv a divisor of Hq; one floating dtype; the last axis
     contiguous, the others strided at will. `window` counts the keys a row sees up to and with its
-    own. out comes in q.dtype, or in fp32 where that saves a rounding.
+    own. out comes in q.dtype, or in fp32 where that saves a rounding. `into`: the fp32 part of
+    these rows over other keys, continued in place; only for backends that carry (`carrying`).
     Raises ValueError for shapes that do not fit together, UnknownName for a backend that does not
     exist, BadInput for a named backend that cannot serve the case.
     """
@@ -60,7 +62,21 @@ def attend(
         k_block = k[block.key_start : block.key_stop]
         v_block = v[block.key_start : block.key_stop]
         case = case_of(q_block, k_block, block.mask, softcap, scale)
-        done.append(choose(case, backend).run(q_block, k_block, v_block, case))
+        chosen = choose(case, backend)
+        if into is None:
+            done.append(chosen.run(q_block, k_block, v_block, case))
+        else:
+            if chosen.run_into is None:
+                raise BadInput(
+                    f"attention backend {chosen.name!r} does not carry accumulators; use one of "
+                    f"{', '.join(name for name, b in BACKENDS.items() if b.run_into)}"
+                )
+            rows_of = slice(block.row_start, block.row_stop)
+            chosen.run_into(
+                q_block, k_block, v_block, case, Part(into.out[rows_of], into.lse[rows_of])
+            )
+    if into is not None:
+        return into
     if len(done) == 1 and blocks[0].row_stop - blocks[0].row_start == rows:
         return done[0]
     if not blocks:
@@ -72,6 +88,16 @@ def attend(
         out[block.row_start : block.row_stop] = part.out
         lse[block.row_start : block.row_stop] = part.lse
     return Part(out, lse)
+
+
+def carrying(backend: str, q: torch.Tensor) -> bool:
+    """Whether `attend` with this backend would continue accumulators: only where it is named.
+
+    `auto` takes the fastest kernel for each piece, whose parts are merged at the end; that costs
+    less than what a carrying kernel is slower (measured, see `ringspan bench attention`).
+    """
+    named = _named(backend)
+    return named is not None and named.run_into is not None
 
 
 def case_of(q: torch.Tensor, k: torch.Tensor, mask: Mask, softcap: float, scale: float) -> Case:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ringspan.attention.exposure import Exposure
 from ringspan.attention.transport import Message, as_bytes
 from ringspan.errors import PeerTimeout
 
@@ -104,9 +105,12 @@ class LoopbackTransport:
     def __init__(self, world: LoopbackWorld, rank: int, device: torch.device) -> None:
         self.world, self.rank, self.world_size = world, rank, world.world_size
         self.exchange_s, self.sent_bytes = 0.0, 0
+        self.exposure = Exposure(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, sends: Sequence[Message], recvs: Sequence[Message]) -> _LoopbackPending:
+    def start(
+        self, sends: Sequence[Message], recvs: Sequence[Message], step: int = 0
+    ) -> _LoopbackPending:
         ready = None
         if self._stream is not None:
             ready = torch.cuda.Event()
@@ -121,7 +125,7 @@ class LoopbackTransport:
             self._stream.wait_event(ready)  # what still reads the receive buffers comes first
         if self.world.poison:
             self._on_stream(lambda: [as_bytes(tensor).fill_(0xFF) for tensor, _ in recvs])
-        return _LoopbackPending(self, posted, list(recvs))
+        return _LoopbackPending(self, posted, list(recvs), step)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
@@ -157,10 +161,19 @@ class _LoopbackPending:
         transport: LoopbackTransport,
         posted: list[tuple[_Parcel, int]],
         recvs: list[Message],
+        step: int,
     ) -> None:
         self._transport, self._posted, self._recvs = transport, posted, recvs
+        self._step = step
 
     def wait(self) -> None:
+        if self._transport._stream is None:
+            with self._transport.exposure.waiting(self._step):
+                self._wait()
+        else:
+            self._wait()
+
+    def _wait(self) -> None:
         began = time.perf_counter()
         transport, world = self._transport, self._transport.world
         stream = transport._stream
@@ -182,9 +195,12 @@ class _LoopbackPending:
             parcel.taken = True
         for parcel, peer in self._posted:
             world.wait_for(lambda parcel=parcel: parcel.taken, transport.rank, peer)  # type: ignore[misc]
-            if parcel.copied is not None:
-                torch.cuda.current_stream().wait_event(parcel.copied)
         if stream is not None:
-            torch.cuda.current_stream().wait_stream(stream)
+            # Ranks share the compute stream: only what stands still here is this rank's exposure.
+            with transport.exposure.waiting(self._step):
+                for parcel, _ in self._posted:
+                    if parcel.copied is not None:
+                        torch.cuda.current_stream().wait_event(parcel.copied)
+                torch.cuda.current_stream().wait_stream(stream)
         self._posted, self._recvs = [], []
         transport.exchange_s += time.perf_counter() - began

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ringspan.types import Span, coalesce
 
 
@@ -101,16 +103,26 @@ def _join_full(cut: Iterator[Piece]) -> Iterator[Piece]:
         yield held
 
 
+def clip(cut: Sequence[Piece], k0: int, k1: int) -> tuple[Piece, ...]:
+    """The pieces over keys [k0, k1) alone, these numbered from 0 on."""
+    clipped = []
+    for piece in cut:
+        first, stop = max(piece.k0, k0), min(piece.k1, k1)
+        if first < stop:
+            offset = piece.offset - (first - piece.k0) if piece.causal or piece.window else 0
+            clipped.append(piece._replace(k0=first - k0, k1=stop - k0, offset=offset))
+    return tuple(clipped)
+
+
+def seen_keys(piece: Piece) -> np.ndarray:
+    """How many keys each row of a piece sees, int64 [q1 - q0]."""
+    keys = piece.k1 - piece.k0
+    ahead = np.arange(piece.q1 - piece.q0, dtype=np.int64) + piece.offset
+    last = np.minimum(keys - 1, ahead) if piece.causal else np.full_like(ahead, keys - 1)
+    first = np.maximum(0, ahead - piece.window + 1) if piece.window is not None else 0
+    return np.maximum(0, last - first + 1)
+
+
 def visible_pairs(cut: Sequence[Piece]) -> int:
     """How many (query, key) pairs the pieces hold: the attention work, exactly counted."""
-    total = 0
-    for piece in cut:
-        rows, keys = piece.q1 - piece.q0, piece.k1 - piece.k0
-        if not piece.causal and piece.window is None:
-            total += rows * keys
-            continue
-        for i in range(rows):
-            last = min(keys - 1, i + piece.offset) if piece.causal else keys - 1
-            first = 0 if piece.window is None else max(0, i + piece.offset - piece.window + 1)
-            total += max(0, last - first + 1)
-    return total
+    return sum(int(seen_keys(piece).sum()) for piece in cut)

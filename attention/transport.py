@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ringspan.attention.exposure import Exposure
+
 
 class Message(NamedTuple):
     """A contiguous tensor that goes to, or comes from, `peer`."""
@@ -32,13 +34,22 @@ class Pending(Protocol):
 class Transport(Protocol):
     rank: int
     world_size: int
-    exchange_s: float
-    """Host seconds spent in waits so far."""
-    sent_bytes: int
 
-    def start(self, sends: Sequence[Message], recvs: Sequence[Message]) -> Pending:
-        """Begin an exchange. All ranks start the same exchanges in the same order; messages of
-        one pair of ranks match in order."""
+    @property
+    def exchange_s(self) -> float:
+        """Host seconds spent in waits so far."""
+
+    @property
+    def exposure(self) -> Exposure:
+        """How long computing stood still for exchanges."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """By this rank, so far."""
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], step: int = 0) -> Pending:
+        """Begin an exchange, for what a scheme computes in its step number `step`. All ranks start
+        the same exchanges in the same order; messages of one pair of ranks match in order."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """x [...] of every rank, equal shapes -> [P, ...] in rank order."""
@@ -47,6 +58,54 @@ class Transport(Protocol):
         """x of rank `src` into x of all."""
 
     def close(self) -> None: ...
+
+
+class SubTransport:
+    """Some of the ranks of a transport, numbered from 0 in the order given; this rank is one of
+    them. Its steps count from `first_step` of the whole."""
+
+    def __init__(self, whole: Transport, ranks: Sequence[int], first_step: int = 0) -> None:
+        self._whole, self._ranks, self._first_step = whole, tuple(ranks), first_step
+        self.rank, self.world_size = self._ranks.index(whole.rank), len(self._ranks)
+
+    @property
+    def exchange_s(self) -> float:
+        return self._whole.exchange_s
+
+    @property
+    def exposure(self) -> Exposure:
+        return self._whole.exposure
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._whole.sent_bytes
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], step: int = 0) -> Pending:
+        return self._whole.start(
+            [Message(m.tensor, self._ranks[m.peer]) for m in sends],
+            [Message(m.tensor, self._ranks[m.peer]) for m in recvs],
+            self._first_step + step,
+        )
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        out[self.rank].copy_(x)
+        others = [peer for peer in range(self.world_size) if peer != self.rank]
+        x = out[self.rank]
+        self.start(
+            [Message(x, peer) for peer in others], [Message(out[p], p) for p in others]
+        ).wait()
+        return out
+
+    def broadcast(self, x: torch.Tensor, src: int) -> None:
+        others = [peer for peer in range(self.world_size) if peer != src]
+        if self.rank == src:
+            self.start([Message(x, peer) for peer in others], []).wait()
+        else:
+            self.start([], [Message(x, src)]).wait()
+
+    def close(self) -> None:
+        """The whole is closed by whoever made it."""
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

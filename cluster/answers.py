@@ -112,7 +112,7 @@ class Answers:
         step = TailStep(
             runtime.transport,
             runtime.buffers,
-            runtime.spec.backend,
+            runtime.compute,
             (self._contexts[session.context_id].shard,),
             session.tail,
             span,

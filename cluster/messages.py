@@ -62,6 +62,10 @@ class PrefillPlan(Message, frozen=True, kw_only=True):
     layout: str
     scheme: str
     codec: str
+    deterministic: bool = False
+    """One merge order and one backend by rule, so that a run repeats bit for bit."""
+    audit_rows: int = 4
+    """Rows of each rank that are computed again in fp32, at one layer of every chunk; 0: none."""
 
     @property
     def chunks(self) -> tuple[Span, ...]:
@@ -80,7 +84,16 @@ class ChunkDone(Message, frozen=True, kw_only=True):
     """Tokens of the chunk that this rank took."""
     elapsed_s: float
     exchange_s: float
-    """Host time spent waiting for peers (CPU ranks; on a GPU see `ringspan bench`)."""
+    """Host time spent waiting for peers."""
+    exposed_s: tuple[float, ...] = ()
+    """By step of the scheme, over all layers: how long computing stood still for an exchange; from
+    device timestamps on a GPU, host time on a CPU."""
+    seen_keys: int = 0
+    """Keys that this rank's rows saw, counted over heads and layers and found to be what the mask
+    says."""
+    audited_rows: int = 0
+    audit_error: float = 0.0
+    """||out - exact|| / ||exact|| over the audited rows, exact in fp32 over all shards."""
     sent_bytes: int
     kv_bytes: int
     """Encoded KV bytes that this rank now holds for the context."""

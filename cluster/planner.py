@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from ringspan.attention.engine import SCHEMES
 from ringspan.attention.layout import LAYOUTS, deal
 from ringspan.attention.models.facts import check_positions, prefill_flops
+from ringspan.attention.schemes.table import SCHEMES
 from ringspan.cluster.messages import ModelFacts, PrefillPlan, RankReady
 from ringspan.errors import BadInput, TooLarge, UnknownName
 from ringspan.kvstore.codecs.registry import codec, kv_bytes_per_token

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ringspan.attention.engine import PrefillStep
+from ringspan.attention.audit import Audit
+from ringspan.attention.engine import HeldKeys, PrefillStep, Proof
 from ringspan.attention.layout import Deal, deal, positions
 from ringspan.cluster.device import on_device
 from ringspan.cluster.messages import ChunkDone, PrefillPlan, ShardOpened, ShardSaved
@@ -81,11 +82,12 @@ class Contexts:
 
     def run_chunk(self, context_id: str, chunk_index: int) -> ChunkDone:
         began = time.perf_counter()
-        transport = self._runtime.transport
+        transport, device = self._runtime.transport, self._runtime.device
         waited, sent = transport.exchange_s, transport.sent_bytes
-        self._forward_chunk(context_id, chunk_index, logits=False)
-        if self._runtime.device.type == "cuda":
-            torch.cuda.synchronize(self._runtime.device)
+        transport.exposure.collect()
+        _, proof = self._forward_chunk(context_id, chunk_index, logits=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         held, prefill = self._prefilling(context_id)
         span = prefill.plan.chunks[chunk_index]
         return ChunkDone(
@@ -96,6 +98,10 @@ class Contexts:
             rank_tokens=total_tokens(self._dealt(prefill.plan, span)[self._rank]),
             elapsed_s=time.perf_counter() - began,
             exchange_s=transport.exchange_s - waited,
+            exposed_s=transport.exposure.collect(),
+            seen_keys=proof.seen or 0,
+            audited_rows=proof.audit.rows if proof.audit else 0,
+            audit_error=proof.audit.relative_error if proof.audit else 0.0,
             sent_bytes=transport.sent_bytes - sent,
             kv_bytes=held.shard.kv_bytes,
         )
@@ -104,12 +110,14 @@ class Contexts:
         self, context_id: str, chunk_index: int
     ) -> tuple[tuple[Span, ...], np.ndarray]:
         """This rank's spans of the chunk and their logits, fp32 [T, vocabulary]."""
-        logits = self._forward_chunk(context_id, chunk_index, logits=True)
+        logits, _ = self._forward_chunk(context_id, chunk_index, logits=True)
         _, prefill = self._prefilling(context_id)
         spans = self._dealt(prefill.plan, prefill.plan.chunks[chunk_index])[self._rank]
         return spans, logits[: total_tokens(spans)].float().cpu().numpy()
 
-    def _forward_chunk(self, context_id: str, chunk_index: int, logits: bool) -> torch.Tensor:
+    def _forward_chunk(
+        self, context_id: str, chunk_index: int, logits: bool
+    ) -> tuple[torch.Tensor, Proof]:
         held, prefill = self._prefilling(context_id)
         plan, runtime = prefill.plan, self._runtime
         if chunk_index != prefill.chunks_done:
@@ -122,17 +130,20 @@ class Contexts:
         step = PrefillStep(
             runtime.transport,
             runtime.buffers,
+            runtime.compute,
             plan.scheme,
-            runtime.spec.backend,
             held.shard,
             dealt,
-            prefill.cached,
+            (HeldKeys(held.shard, prefill.cached),),
+            deterministic=plan.deterministic,
+            audit=self._audit(plan, chunk_index),
         )
         # A rank that got no tokens still serves every hop: it takes one that counts for nothing.
         where = positions(spans) if spans else torch.zeros(1, dtype=torch.int64)
         ids = torch.from_numpy(prefill.token_ids[where.numpy()].astype(np.int64))
         try:
             out = runtime.forward(ids, where, step, logits=logits, last_only=False)
+            proof = step.prove(runtime.device)
         except torch.OutOfMemoryError as error:
             held.shard.cancel()
             why = str(error).strip().splitlines()[0]
@@ -148,7 +159,14 @@ class Contexts:
             for held_spans, new in zip(prefill.cached, dealt, strict=True)
         )
         prefill.chunks_done += 1
-        return out
+        return out, proof
+
+    def _audit(self, plan: PrefillPlan, chunk_index: int) -> Audit | None:
+        """At one layer of each chunk, another one every time."""
+        if not plan.audit_rows:
+            return None
+        layer = (7 * chunk_index + 1) % self._runtime.facts.num_layers
+        return Audit(frozenset((layer,)), seed=chunk_index, rows=plan.audit_rows)
 
     def save(self, context_id: str, staging: str) -> ShardSaved:
         """Writes this rank's pages into the staging folder."""

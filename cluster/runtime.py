@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ringspan.attention.buffers import Buffers, Shape
+from ringspan.attention.compute import Compute
 from ringspan.attention.engine import Step
 from ringspan.attention.group import join_group
 from ringspan.attention.hook import bind
@@ -48,6 +49,7 @@ class Runtime:
         self.rank, self.spec = rank, spec
         self.device = device_named(spec.device)
         self.buffers = Buffers(self.device)
+        self.compute = Compute(spec.backend)
         self._model: Any = None
 
     def host_store(self) -> tuple[str, int]:

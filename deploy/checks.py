@@ -103,7 +103,7 @@ def check_backend(backend: str) -> None:
 
 def check_plan_names(codec: str, scheme: str, layout: str) -> None:
     """Each may be `auto` where the planner can choose."""
-    from ringspan.attention.engine import SCHEMES
+    from ringspan.attention.schemes.table import SCHEMES
     from ringspan.attention.layout import LAYOUTS
     from ringspan.kvstore.codecs.registry import CODECS
 

@@ -15,6 +15,7 @@ import torch
 from ringspan.types import Part
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Case"], Part]
+RunInto = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "Case", Part], None]
 
 
 class Mask(NamedTuple):
@@ -69,6 +70,8 @@ class Backend:
     available: Callable[[str], str | None]
     why_not: Callable[[Case], str | None]
     run: Run
+    run_into: RunInto | None = None
+    """Continues the fp32 part of the same rows in place; None where a backend cannot."""
 
 
 def canonical_blocks(rows: int, keys: int, mask: Mask) -> Iterator[Block]:

@@ -6,6 +6,7 @@ import torch
 
 from ringspan.attention.backends.case import Backend, Case
 from ringspan.kernels.flash import flash_ref
+from ringspan.kernels.merge import merge_many
 from ringspan.types import Part
 
 
@@ -14,9 +15,18 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> 
     return flash_ref(q, k, v, **case.mask._asdict(), softcap=case.softcap, scale=case.scale)
 
 
+def reference_into(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, into: Part
+) -> None:
+    """Continues `into` (out [T, Hq, D], lse [T, Hq], fp32) in place."""
+    part = reference(q, k, v, case)
+    merge_many((into, Part(part.out, part.lse)), into.out, into.lse)
+
+
 REFERENCE = Backend(
     name="reference",
     available=lambda device_type: None,
     why_not=lambda case: None,
     run=reference,
+    run_into=reference_into,
 )

@@ -6,6 +6,7 @@ RingspanError                  every error of ours; its text is one line: wanted
 │   ├── UnsupportedModel       the attention hook cannot carry this model
 │   └── TooLarge               it does not fit: positions, memory, devices, disk
 ├── CorruptPage                a page failed its verification; it was not used
+├── WrongAttention             an attention step did not see the keys it must, or missed its audit
 ├── StoreError                 the store folder cannot be read or written
 ├── PeerTimeout                a peer said nothing within the time allowed
 └── RankLost                   a rank died or failed; names the rank and the chunk
@@ -41,6 +42,10 @@ class TooLarge(BadInput):
 
 
 class CorruptPage(RingspanError):
+    pass
+
+
+class WrongAttention(RingspanError):
     pass
 
 

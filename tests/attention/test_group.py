@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 import torch.multiprocessing as mp
-
 from ringspan.attention.all_gather import all_gather
-from ringspan.attention.buffers import Buffers, Shape
 from ringspan.attention.ring import ring
+
+from ringspan.attention.buffers import Buffers, Shape
 from ringspan.attention.transport import Message
 from ringspan.errors import PeerTimeout
 from ringspan.testing import spawn_ranks
