@@ -75,6 +75,7 @@ class Accumulator:
         """The merged part, out in `dtype`; rows that saw no key are 0 with lse -inf."""
         whole = len(self._held) == 1 and self._held[0].q1 - self._held[0].q0 == self.q.shape[0]
         if whole and self._folded is None and self._rules.sinks is None:
+            self._compute.join()
             part = self._held[0].part  # often the only one: nothing is copied or merged
             return part if part.out.dtype == dtype else Part(part.out.to(dtype), part.lse)
         out = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)

@@ -20,7 +20,7 @@ from ringspan.attention.compute import Compute, Rules
 from ringspan.attention.ledger import Ledger
 from ringspan.attention.mask import clip
 from ringspan.attention.problem import Problem
-from ringspan.attention.transport import Transport
+from ringspan.attention.transport import Message, Pending, Transport
 from ringspan.types import Part
 
 Block = tuple[torch.Tensor, ...]
@@ -63,6 +63,11 @@ class Layer:
 
     def lease(self, name: str, shapes: Sequence[Shape]) -> tuple[torch.Tensor, ...]:
         return self.buffers.lease(self.scope + name, shapes)
+
+    def start(self, sends: Sequence[Message], recvs: Sequence[Message], step: int) -> Pending:
+        """Begin an exchange, behind whatever reads the receive buffers."""
+        with self.compute.fenced():
+            return self.transport.start(sends, recvs, step)
 
     def shapes(self, src: int) -> list[Shape]:
         """Of rank src's block."""

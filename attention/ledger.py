@@ -74,8 +74,8 @@ class Ledger:
         if len(wrong):
             row = int(wrong[0])
             raise WrongAttention(
-                f"rank {rank}, row {row} of {len(seen)}: its heads saw {int(seen[row])} keys in all "
-                f"layers together, wanted {int(expected[row])} ({len(wrong)} rows are wrong); "
+                f"rank {rank}, row {row} of {len(seen)}: its heads saw {int(seen[row])} keys in all"
+                f" layers together, wanted {int(expected[row])} ({len(wrong)} rows are wrong); "
                 "nothing of this step may be used"
             )
         return int(seen.sum())

@@ -25,14 +25,34 @@ from ringspan.errors import PeerTimeout
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Parcel:
-    """A posted send: what, when it may be read, and when the copy of it is done."""
+    """A posted send: what, and when it may be read; the receiver's side fills in the rest."""
 
     tensor: torch.Tensor
     ready: torch.cuda.Event | None
-    copied: torch.cuda.Event | None = None
+    src: int
     taken: bool = False
+    """The copy of it is done, or enqueued with `copied` behind it."""
+    copied: torch.cuda.Event | None = None
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A posted receive: where to, and when that may be overwritten."""
+
+    tensor: torch.Tensor
+    ready: torch.cuda.Event | None
+    transport: LoopbackTransport
+    parcel: _Parcel | None = None
+
+
+@dataclass
+class _Box:
+    """What is posted from one rank to another and has not met its other half."""
+
+    parcels: deque[_Parcel] = field(default_factory=deque)
+    slots: deque[_Slot] = field(default_factory=deque)
 
 
 @dataclass
@@ -43,10 +63,18 @@ class LoopbackWorld:
     timeout_s: float = 60.0
     poison: bool = True
     turn: threading.Condition = field(default_factory=threading.Condition)
-    boxes: dict[tuple[int, int], deque[_Parcel]] = field(default_factory=dict)
+    boxes: dict[tuple[int, int], _Box] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     """What ranks of one process need only once: the weights."""
     failed: tuple[int, BaseException] | None = None
+
+    def __post_init__(self) -> None:
+        # One lock, a condition for each rank: who is waited for wakes only who waits for it.
+        self._wakes = [threading.Condition(self._lock) for _ in range(self.world_size)]
+
+    @property
+    def _lock(self) -> threading.RLock:
+        return self.turn._lock  # type: ignore[attr-defined,no-any-return]
 
     def transport(self, rank: int, device: torch.device) -> LoopbackTransport:
         return LoopbackTransport(self, rank, device)
@@ -70,6 +98,8 @@ class LoopbackWorld:
                     if self.failed is None:
                         self.failed = (rank, error)
                 finally:
+                    for wake in self._wakes:
+                        wake.notify_all()
                     self.turn.notify_all()
 
         threads = [
@@ -86,17 +116,38 @@ class LoopbackWorld:
 
     def wait_for(self, condition: Callable[[], bool], rank: int, peer: int) -> None:
         """Hand the turn over until `condition` holds."""
+        if condition():
+            return
 
         def done() -> bool:
             return self.failed is not None or condition()
 
-        self.turn.notify_all()
-        if not self.turn.wait_for(done, timeout=self.timeout_s):
+        if not self._wakes[rank].wait_for(done, timeout=self.timeout_s):
             raise PeerTimeout(f"rank {rank} waited {self.timeout_s:.1f} s for rank {peer}")
         if self.failed is not None:
             raise PeerTimeout(
                 f"rank {rank} waited for rank {peer}, but rank {self.failed[0]} failed"
             )
+
+    def post(self, parcel: _Parcel | None, slot: _Slot | None, src: int, dst: int) -> None:
+        """A send or a receive between two ranks. The second of a pair wakes the other's rank, and
+        without poison copies at once: nobody has to come back for it."""
+        box = self.boxes.setdefault((src, dst), _Box())
+        if parcel is not None:
+            box.parcels.append(parcel)
+        if slot is not None:
+            box.slots.append(slot)
+        while box.parcels and box.slots:
+            sent, into = box.parcels.popleft(), box.slots.popleft()
+            into.parcel = sent
+            if not self.poison:
+                into.transport.copy(into)
+            self._wakes[dst].notify()
+            self._wakes[src].notify()
+
+    def taken(self, parcel: _Parcel) -> None:
+        parcel.taken = True
+        self._wakes[parcel.src].notify()
 
 
 class LoopbackTransport:
@@ -115,17 +166,42 @@ class LoopbackTransport:
         if self._stream is not None:
             ready = torch.cuda.Event()
             ready.record()
-        posted = []
+        if self.world.poison:
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)  # what still reads the receive buffers comes first
+            self._on_stream(lambda: [as_bytes(tensor).fill_(0xFF) for tensor, _ in recvs])
+        posted, slots = [], []
         for tensor, peer in sends:
-            parcel = _Parcel(as_bytes(tensor), ready)
-            self.world.boxes.setdefault((self.rank, peer), deque()).append(parcel)
+            parcel = _Parcel(as_bytes(tensor), ready, self.rank)
             posted.append((parcel, peer))
             self.sent_bytes += tensor.nbytes
-        if self._stream is not None and ready is not None:
-            self._stream.wait_event(ready)  # what still reads the receive buffers comes first
-        if self.world.poison:
-            self._on_stream(lambda: [as_bytes(tensor).fill_(0xFF) for tensor, _ in recvs])
-        return _LoopbackPending(self, posted, list(recvs), step)
+            self.world.post(parcel, None, self.rank, peer)
+        for tensor, peer in recvs:
+            slot = _Slot(as_bytes(tensor), ready, self)
+            slots.append((slot, peer))
+            self.world.post(None, slot, peer, self.rank)
+        return _LoopbackPending(self, posted, slots, step)
+
+    def copy(self, slot: _Slot) -> None:
+        """A parcel into its slot, on this rank's exchange stream."""
+        parcel = slot.parcel
+        assert parcel is not None
+        if parcel.tensor.numel() != slot.tensor.numel():
+            raise ValueError(
+                f"rank {self.rank} expected {slot.tensor.numel()} bytes of rank {parcel.src}, "
+                f"which sent {parcel.tensor.numel()}"
+            )
+        if self._stream is None:
+            slot.tensor.copy_(parcel.tensor)
+        else:
+            for ready in (parcel.ready, slot.ready):
+                if ready is not None:
+                    self._stream.wait_event(ready)
+            with torch.cuda.stream(self._stream):
+                slot.tensor.copy_(parcel.tensor)
+                parcel.copied = torch.cuda.Event()
+                parcel.copied.record()
+        self.world.taken(parcel)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
@@ -160,10 +236,10 @@ class _LoopbackPending:
         self,
         transport: LoopbackTransport,
         posted: list[tuple[_Parcel, int]],
-        recvs: list[Message],
+        slots: list[tuple[_Slot, int]],
         step: int,
     ) -> None:
-        self._transport, self._posted, self._recvs = transport, posted, recvs
+        self._transport, self._posted, self._slots = transport, posted, slots
         self._step = step
 
     def wait(self) -> None:
@@ -176,31 +252,18 @@ class _LoopbackPending:
     def _wait(self) -> None:
         began = time.perf_counter()
         transport, world = self._transport, self._transport.world
-        stream = transport._stream
-        for tensor, peer in self._recvs:
-            box = world.boxes.setdefault((peer, transport.rank), deque())
-            world.wait_for(lambda box=box: bool(box), transport.rank, peer)  # type: ignore[misc]
-            parcel = box.popleft()
-            if parcel.tensor.numel() != tensor.nbytes:
-                raise ValueError(
-                    f"rank {transport.rank} expected {tensor.nbytes} bytes of rank {peer}, "
-                    f"which sent {parcel.tensor.numel()}"
-                )
-            if stream is not None and parcel.ready is not None:
-                stream.wait_event(parcel.ready)
-            transport._on_stream(lambda t=tensor, p=parcel: as_bytes(t).copy_(p.tensor))  # type: ignore[misc]
-            if stream is not None:
-                parcel.copied = torch.cuda.Event()
-                parcel.copied.record(stream)
-            parcel.taken = True
+        for slot, peer in self._slots:
+            world.wait_for(lambda slot=slot: slot.parcel is not None, transport.rank, peer)  # type: ignore[misc]
+            if slot.parcel is not None and not slot.parcel.taken:
+                transport.copy(slot)
         for parcel, peer in self._posted:
             world.wait_for(lambda parcel=parcel: parcel.taken, transport.rank, peer)  # type: ignore[misc]
-        if stream is not None:
+        if transport._stream is not None:
             # Ranks share the compute stream: only what stands still here is this rank's exposure.
             with transport.exposure.waiting(self._step):
-                for parcel, _ in self._posted:
-                    if parcel.copied is not None:
-                        torch.cuda.current_stream().wait_event(parcel.copied)
-                torch.cuda.current_stream().wait_stream(stream)
-        self._posted, self._recvs = [], []
+                arrived = [slot.parcel for slot, _ in self._slots if slot.parcel is not None]
+                for one in (*arrived, *(parcel for parcel, _ in self._posted)):
+                    if one.copied is not None:
+                        torch.cuda.current_stream().wait_event(one.copied)
+        self._posted, self._slots = [], []
         transport.exchange_s += time.perf_counter() - began

@@ -18,6 +18,7 @@ from ringspan.attention.group import join_group
 from ringspan.attention.hook import bind
 from ringspan.attention.loopback import LoopbackWorld
 from ringspan.attention.models.load import load_model
+from ringspan.attention.models.tiling import tile_model
 from ringspan.attention.transport import Message, Transport
 from ringspan.cluster.device import device_named, on_device, product_name
 from ringspan.cluster.messages import GangSpec, ModelFacts, RankReady
@@ -28,6 +29,9 @@ from ringspan.kvstore.shard import ContextShard
 Rendezvous = tuple[str, int] | LoopbackWorld
 """Address and port of rank 0's store, or the world of loopback ranks."""
 
+TILE_ROWS = 8192
+"""Of a chunk that go through an MLP at once: enough to feed the matrix units, few enough that its
+wide intermediate tensors stay small (0.4 GiB at 14,336 columns in bf16)."""
 START_TIMEOUT_S = 300.0
 """For all ranks to load their weights and meet."""
 GPU_EXCHANGE_TIMEOUT_S = 1800.0
@@ -70,7 +74,6 @@ class Runtime:
             self.transport = self._join(rendezvous)
             self._model, self.facts = loaded.model, loaded.facts
             self.dtype = getattr(torch, loaded.facts.dtype)
-            bind(self._model)
             loopback = isinstance(rendezvous, LoopbackWorld)
             sharers = spec.world_size if loopback or self.device.type == "cpu" else 1
             free = free_bytes(self.device)
@@ -151,10 +154,16 @@ class Runtime:
 
     def _load(self, rendezvous: Rendezvous) -> Any:
         if not isinstance(rendezvous, LoopbackWorld):
-            return load_model(self.spec.model, self.device)
+            return self._bound(load_model(self.spec.model, self.device))
         if "model" not in rendezvous.shared:  # ranks of one process share: nothing writes to it
-            rendezvous.shared["model"] = load_model(self.spec.model, self.device)
+            rendezvous.shared["model"] = self._bound(load_model(self.spec.model, self.device))
         return rendezvous.shared["model"]
+
+    def _bound(self, loaded: Any) -> Any:
+        """The model attends through us, and takes its chunks in tiles of rows."""
+        bind(loaded.model)
+        tile_model(loaded.model, TILE_ROWS)
+        return loaded
 
     def _join(self, rendezvous: Rendezvous) -> Transport:
         world_size = self.spec.world_size

@@ -1,4 +1,4 @@
-"""The Triton kernels of merge.py: one pass, BLOCK_R rows of [T * Hq, D] a program."""
+"""The Triton kernel of merge.py: one pass, BLOCK_R rows of [T * Hq, D] a program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_ROWS = (1 << 31) - (1 << 16)
 
 
 @triton.jit
-def _merge_many_kernel(
+def _merge_kernel(
     outs,
     lses,
     strides,
@@ -78,49 +78,6 @@ def _merge_many_kernel(
         tl.store(lse + token * lse_t + head * lse_h, merged_lse, mask=real)
 
 
-@triton.jit
-def _merge_kernel(
-    out,
-    lse,
-    part_out,
-    part_lse,
-    part_t,
-    part_h,
-    part_d,
-    part_lse_t,
-    part_lse_h,
-    num_rows,
-    num_heads,
-    D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # (token, q head)
-    token, head = row // num_heads, row % num_heads
-    dim = tl.arange(0, BLOCK_D)
-    real = row < num_rows
-    inside = real[:, None] & (dim < D)[None, :]
-
-    lse_a = tl.load(lse + row, mask=real, other=0.0)  # [BLOCK_R]
-    lse_b = tl.load(part_lse + token * part_lse_t + head * part_lse_h, mask=real, other=0.0)
-    peak = tl.maximum(lse_a, lse_b)
-    peak = tl.where(peak == -float("inf"), 0.0, peak)  # both empty -> weights 0, not nan
-    weight_a, weight_b = tl.exp(lse_a - peak), tl.exp(lse_b - peak)
-    total = weight_a + weight_b
-    seen = total > 0
-    total = tl.where(seen, total, 1.0)
-    share = 1.0 / total
-    merged_lse = tl.where(seen, peak + tl.log(total), -float("inf"))
-
-    out_tile = out + row[:, None] * D + dim[None, :]  # [BLOCK_R, BLOCK_D]
-    part_tile = part_out + (token * part_t + head * part_h)[:, None] + dim[None, :] * part_d
-    a = tl.load(out_tile, mask=inside, other=0.0)
-    b = tl.load(part_tile, mask=inside, other=0.0).to(tl.float32)
-    merged = a * (weight_a * share)[:, None] + b * (weight_b * share)[:, None]
-    tl.store(out_tile, merged, mask=inside)
-    tl.store(lse + row, merged_lse, mask=real)
-
-
 def merge_many_triton(
     parts: Sequence[Part],
     out: torch.Tensor,
@@ -141,7 +98,7 @@ def merge_many_triton(
         strides = tuple(s for o, m in zip(outs, lses, strict=True) for s in _strides(o, m))
         num_rows = outs[0].shape[0] * num_heads
         merged_out, merged_lse = out[rows], lses[0] if lse is None else lse[rows]
-        _merge_many_kernel[(triton.cdiv(num_rows, block_r),)](
+        _merge_kernel[(triton.cdiv(num_rows, block_r),)](
             outs, lses, strides, merged_out, merged_lse, lses[0] if sinks is None else sinks,
             *_strides(merged_out, merged_lse), num_rows, num_heads,
             D=dim, HAS_LSE=lse is not None, HAS_SINKS=sinks is not None,

@@ -39,9 +39,9 @@ def rms_norm(
 ) -> torch.Tensor:
     """x [.., H], weight [H] -> [.., H], with the strides that torch's own operations would give.
 
-    Equals transformers' modules up to the order of the sum: on a CPU the same bits, on a GPU at
-    most one unit in the last place of the dtype, in few elements. Raises ValueError for shapes or
-    dtypes that are not these.
+    Equals transformers' modules up to the order of the sum: on a CPU the same bits, on a GPU within
+    two units in the last place of the dtype, and that in few elements. Raises ValueError for
+    shapes or dtypes that are not these.
     """
     hidden = weight.shape[-1]
     if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != hidden:

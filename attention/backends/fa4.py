@@ -24,17 +24,22 @@ def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> Part:
     """q [T, Hq, D], k, v [S, Hkv, D] bf16 or fp16 -> out in q.dtype, lse [T, Hq] a strided view."""
     left, right = _window(case)
     causal = right == 0
-    out, lse = _flash_attn_func()(
+    rows, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((1, heads, rows), dtype=torch.float32, device=q.device)
+    _flash_attn_fwd()(
         q[None],
         k[None],
         v[None],
         softmax_scale=case.scale,
         causal=causal,
-        window_size=(left, None if causal else right),
+        window_size_left=left,
+        window_size_right=None if causal else right,
         softcap=case.softcap,
-        return_lse=True,
-    )[:2]
-    return Part(out[0], lse[0].transpose(0, 1))
+        out=out[None],
+        lse=lse,
+    )
+    return Part(out, lse[0].transpose(0, 1))
 
 
 def _window(case: Case) -> tuple[int | None, int | None]:
@@ -63,22 +68,26 @@ def _available(device_type: str) -> str | None:
     if device_type != "cuda":
         return "it runs on CUDA devices only"
     try:
-        _flash_attn_func()
+        _flash_attn_fwd()
     except Exception as error:  # the package's own imports fail in many ways beside ImportError
         return f"flash_attn.cute cannot be imported ({error}); pip install flash-attn-4"
     return None
 
 
 @lru_cache(maxsize=1)
-def _flash_attn_func() -> Callable[..., Any]:
-    """The heavy import, once, when first wanted."""
+def _flash_attn_fwd() -> Callable[..., Any]:
+    """The heavy import, once, when first wanted.
+
+    The forward alone: the public function wraps it for autograd, which costs the host as much again
+    as the launch, and a ring of eight at 32,768 tokens has a launch every 0.2 ms.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between the package and its own compiler
-        from flash_attn.cute import flash_attn_func
+        from flash_attn.cute.interface import _flash_attn_fwd
 
     # Said once for each kernel that is compiled, of an argument that we leave out.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")
-    return flash_attn_func
+    return _flash_attn_fwd
 
 
 FA4 = Backend(name="fa4", available=_available, why_not=_why_not, run=fa4)

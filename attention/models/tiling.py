@@ -198,12 +198,15 @@ def _fused_mlp(mlp: Any, act: str) -> Forward:
 
 def _activation(act_fn: Forward, like: torch.Tensor) -> str | None:
     """The name in ACTIVATIONS of what `act_fn` computes, or None."""
-    x = torch.linspace(-8, 8, 257, dtype=like.dtype, device=like.device)
+    x = torch.linspace(-8, 8, 257, device=like.device)  # fp32: the two forms of GELU differ little
     try:
         wanted = act_fn(x)
     except Exception:  # a module's own code may raise anything
         return None
-    return next((name for name, act in ACTIVATIONS.items() if _close(act(x), wanted)), None)
+    for name, act in ACTIVATIONS.items():
+        if torch.allclose(act(x), wanted, rtol=1e-6, atol=1e-6):
+            return name
+    return None
 
 
 def _fuse_norm(norm: Any, dtype: torch.dtype, left: Counter[str]) -> bool:
@@ -324,10 +327,13 @@ def _close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def _same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Nearly all elements equal, the rest by one unit in the last place; fp32 by eight."""
+    """Nearly all elements equal, the rest within two units in the last place; fp32 within eight.
+
+    Two: a factor that falls on the other side of a rounding edge is one off, its product then two.
+    """
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
-    units = 8 if wanted.dtype == torch.float32 else 1
+    units = 8 if wanted.dtype == torch.float32 else 2
     allowed = units * torch.finfo(wanted.dtype).eps * wanted.double().abs()
     close = ((got.double() - wanted.double()).abs() <= allowed).all()
     few = wanted.dtype == torch.float32 or (got != wanted).double().mean() < 0.05

@@ -17,7 +17,7 @@ def all_gather(layer: Layer) -> Part:
     rank, world_size = layer.rank, layer.world_size
     others = [(rank + i) % world_size for i in range(1, world_size)]
     into = {src: layer.lease(f"gather-{src}", layer.shapes(src)) for src in others}
-    pending = layer.transport.start(
+    pending = layer.start(
         [Message(t, peer) for peer in others for t in layer.own],
         [Message(t, src) for src in others for t in into[src]],
         1,

@@ -33,7 +33,7 @@ def gather_q(layer: Layer) -> Part:
     (all_q,) = layer.lease("gather-q", [Shape((sum(rows), heads, dim), layer.q.dtype)])
     mine = slice(starts[rank], starts[rank] + rows[rank])
     all_q[mine].copy_(layer.q)
-    coming = layer.transport.start(
+    coming = layer.start(
         [Message(all_q[mine], peer) for peer in others],
         [Message(all_q[starts[src] : starts[src] + rows[src]], src) for src in others],
         1,
@@ -69,7 +69,7 @@ def _home(
         src: layer.lease(f"gather-q-home-{src}", layer.part_shapes(rows[rank])) for src in others
     }
     of = {r: slice(starts[r], starts[r] + rows[r]) for r in range(layer.world_size)}
-    layer.transport.start(
+    layer.start(
         [Message(t[of[peer]], peer) for peer in others for t in (out, lse)],
         [Message(t, src) for src in others for t in home[src]],
         2,

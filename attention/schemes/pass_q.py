@@ -35,7 +35,7 @@ def pass_q(layer: Layer) -> Part:
             next_src = (rank - step - 1) % world_size
             shape = Shape((layer.problem.rows(next_src), heads, dim), own_q.dtype)
             (next_q,) = layer.lease(f"pass-q-{step % 2}", [shape])
-            coming = layer.transport.start(
+            coming = layer.start(
                 [Message(own_q, (rank + step + 1) % world_size)],
                 [Message(next_q, next_src)],
                 step + 1,
@@ -76,7 +76,7 @@ def _send_home(
     """src's part goes to src; ours, of the rank that has our queries now, comes."""
     holder = (layer.rank + step) % layer.world_size
     home = Part(*layer.lease(f"pass-q-home-{holder}", layer.part_shapes(rows)))
-    pending = layer.transport.start(
+    pending = layer.start(
         [Message(part.out, src), Message(part.lse, src)],
         [Message(home.out, holder), Message(home.lse, holder)],
         layer.world_size + step,

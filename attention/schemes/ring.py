@@ -3,7 +3,7 @@
 Step 0 is the rank's own block. Before step h is computed, the block of step h + 1 is already on its
 way here, into the other of two buffers. Two ways to bring it:
 
-    ring          the neighbour forwards what it has: only neighbours talk, for links that are a ring
+    ring          the neighbour forwards what it has: only neighbours talk, as ring links want it
     ring-direct   its owner sends it: no hop waits for the one before it, own pages are sent from
                   where they lie; for links between all (NVLink switches, one network)
 
@@ -40,7 +40,7 @@ def _ring(layer: Layer, forward: bool) -> Part:
             into = layer.lease(f"ring-{step % 2}", layer.shapes(next_src))
             to = (rank + 1 if forward else rank + step + 1) % world_size
             comes_from = (rank - 1) % world_size if forward else next_src
-            pending = layer.transport.start(
+            pending = layer.start(
                 [Message(t, to) for t in (held if forward else layer.own)],
                 [Message(t, comes_from) for t in into],
                 step + 1,

@@ -161,7 +161,7 @@ def _gather(
             to.copy_(tensor[:, head])
         packed.append(out)
     others = [m for m in range(len(members)) if m != me]
-    layer.transport.start(
+    layer.start(
         [Message(t, members[m]) for m in others for t in packed[m]],
         [Message(t, members[m]) for m in others for t in arrived[m]],
         0,
@@ -218,7 +218,7 @@ def _return(
         arrived.append((into[0], into[1]))
         sends += [Message(t[of], member) for t in back]
         recvs += [Message(t, member) for t in into]
-    layer.transport.start(sends, recvs, 1 + layer.world_size // len(members)).wait()
+    layer.start(sends, recvs, 1 + layer.world_size // len(members)).wait()
     for share, (part_out, part_lse) in zip(shares, arrived, strict=True):
         out[:, share.q0 : share.q1] = part_out
         lse[:, share.q0 : share.q1] = part_lse

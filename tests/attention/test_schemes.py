@@ -23,7 +23,7 @@ from ringspan.attention.layout import deal, positions
 from ringspan.attention.ledger import Ledger
 from ringspan.attention.loopback import LoopbackTransport, LoopbackWorld
 from ringspan.attention.problem import Problem, Source
-from ringspan.attention.schemes.table import SCHEMES
+from ringspan.attention.schemes.table import SCHEMES, why_not
 from ringspan.attention.transport import Message, Pending
 from ringspan.errors import BadInput, WrongAttention
 from ringspan.kernels.flash import flash_ref
@@ -185,14 +185,13 @@ def assert_close(parts: Sequence[Part], exact: Sequence[Part], tolerance: float 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_a_scheme_equals_one_process(scheme: str, case: Case, world_size: int) -> None:
     given = setting(case, world_size)
-    try:
-        parts = run(scheme, given, world_size)
-    except BadInput as error:
-        assert scheme == "ulysses"
-        assert "cannot be dealt evenly" in str(error)
+    if (reason := why_not(scheme, *case.heads, world_size)) is not None:
+        with pytest.raises(BadInput, match="cannot be dealt evenly"):
+            run(scheme, given, world_size)
+        assert "cannot be dealt evenly" in reason
         assert case.heads[1] % world_size
         return
-    assert_close(parts, given.exact)
+    assert_close(run(scheme, given, world_size), given.exact)
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))

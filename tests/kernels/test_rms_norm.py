@@ -28,10 +28,10 @@ def random(shape, dtype, device, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def assert_within_one_ulp(got, wanted):
-    """Nearly all elements equal; the rest, where the order of a sum shows, one ulp off."""
+def assert_nearly_all_equal(got, wanted):
+    """Nearly all elements equal; in the rest the order of a sum shows, and once more after it."""
     assert got.dtype == wanted.dtype
-    ulps = 4 if got.dtype == torch.float32 else 1  # fp32 shows the sum's own rounding
+    ulps = 4 if got.dtype == torch.float32 else 2  # fp32 shows the sum's own rounding
     ulp = torch.finfo(got.dtype).eps * wanted.double().abs().clamp(min=1e-4)
     assert ((got.double() - wanted.double()).abs() <= ulps * ulp).all()
     if got.dtype != torch.float32:
@@ -44,7 +44,7 @@ def assert_within_one_ulp(got, wanted):
 @pytest.mark.parametrize("shape", [(1, 64), (1, 13, 576), (2, 7, 3, 80)], ids=str)
 def test_equals_the_definition(norm, shape, dtype, unit_offset, device):
     x, weight = random(shape, dtype, device), random(shape[-1:], dtype, device, 1)
-    assert_within_one_ulp(
+    assert_nearly_all_equal(
         norm(x, weight, EPS, unit_offset), rms_norm_ref(x, weight, EPS, unit_offset)
     )
 
@@ -56,7 +56,7 @@ def test_equals_the_module_of_transformers(norm, theirs, device):
     reference.weight.copy_(random((96,), torch.float16, device, 1))
     x = 30 * random((1, 9, 96), torch.float16, device)
     unit_offset = theirs is Gemma2RMSNorm
-    assert_within_one_ulp(norm(x, reference.weight, EPS, unit_offset), reference(x))
+    assert_nearly_all_equal(norm(x, reference.weight, EPS, unit_offset), reference(x))
 
 
 @both
@@ -65,14 +65,14 @@ def test_swapped_axes_come_out_as_plain_torch_would_leave_them(norm, device):
     weight = random((32,), torch.float32, device, 1)
     got, wanted = norm(x, weight, EPS), rms_norm_ref(x, weight, EPS)
     assert got.stride() == wanted.stride()
-    assert_within_one_ulp(got, wanted)
+    assert_nearly_all_equal(got, wanted)
 
 
 @both
 def test_rows_that_do_not_lie_behind_each_other(norm, device):
     x = random((4, 6, 5, 64), torch.float32, device)[::2, ::3, ::2, :32]
     weight = random((32,), torch.float32, device, 1)
-    assert_within_one_ulp(norm(x, weight, EPS), rms_norm_ref(x, weight, EPS))
+    assert_nearly_all_equal(norm(x, weight, EPS), rms_norm_ref(x, weight, EPS))
 
 
 @both
@@ -90,7 +90,7 @@ def test_the_tiles_of_a_cpu_do_not_show(monkeypatch):
 def test_a_single_row_and_no_row_at_all(device):
     weight = random((48,), torch.float32, device, 1)
     x = random((48,), torch.float32, device)
-    assert_within_one_ulp(rms_norm(x, weight, EPS), rms_norm_ref(x, weight, EPS))
+    assert_nearly_all_equal(rms_norm(x, weight, EPS), rms_norm_ref(x, weight, EPS))
     assert rms_norm(x[None][:0], weight, EPS).shape == (0, 48)
 
 
@@ -101,7 +101,7 @@ def test_bf16_on_a_gpu_equals_the_definition(hidden, unit_offset, device):
     x, weight = random((1000, hidden), torch.bfloat16, device), torch.ones(hidden)
     weight = (weight + 0.2 * random((hidden,), torch.float32, "cpu", 1)).to(device, torch.bfloat16)
     got = rms_norm(x, weight, EPS, unit_offset)
-    assert_within_one_ulp(got, rms_norm_ref(x, weight, EPS, unit_offset))
+    assert_nearly_all_equal(got, rms_norm_ref(x, weight, EPS, unit_offset))
 
 
 def test_what_does_not_fit_is_refused():

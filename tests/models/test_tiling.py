@@ -154,9 +154,10 @@ def test_an_mlp_that_is_not_row_by_row_is_left_alone_and_named(module, said):
     assert "forward" not in model.model.layers[1].mlp.__dict__
 
 
-def test_another_activation_is_tiled_but_not_fused(put_back):
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_another_activation_is_tiled_but_not_fused(act, put_back):
     config = random_config("tiny-llama")
-    config.hidden_act = "relu"
+    config.hidden_act = act  # the exact GELU is not its tanh form
     model = make(config)
     put_back(model)
     wanted = run(model, 21)
@@ -246,7 +247,7 @@ def hollow_attention(module, query, key, value, attention_mask, **kwargs):
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("width", [704, 20000], ids=["narrow", "wide"])
+@pytest.mark.parametrize("width", [704, 4000], ids=["narrow", "wide"])
 def test_activation_bytes_are_those_that_were_counted(fused, dtype, width, monkeypatch, put_back):
     for module in (rms_norm, rope, swiglu):  # a CPU's scratch is not what a GPU has
         monkeypatch.setattr(module, "_TILE_ELEMENTS", 1 << 12)
