@@ -78,22 +78,24 @@ class Accumulator:
             self._compute.join()
             part = self._held[0].part  # often the only one: nothing is copied or merged
             return part if part.out.dtype == dtype else Part(part.out.to(dtype), part.lse)
+        merged = self._new(dtype)
+        self._merge_into(*merged, self._rules.sinks)
+        return merged
+
+    def _new(self, dtype: torch.dtype) -> Part:
+        """Memory for a part of all rows; lse with tokens side by side, as the kernels give it."""
+        rows, heads, _ = self.q.shape
         out = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
-        lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
-        self._merge_into(out, lse, self._rules.sinks)
-        return Part(out, lse)
+        lse = torch.empty((heads, rows), dtype=torch.float32, device=self.q.device)
+        return Part(out, lse.t())
 
     def _fold(self) -> Part:
         """All parts so far, in fp32."""
         if self._folded is not None and not self._held:
             return self._folded
-        if self._folded is None:
-            out = torch.empty(self.q.shape, dtype=torch.float32, device=self.q.device)
-            lse = torch.empty(self.q.shape[:2], dtype=torch.float32, device=self.q.device)
-        else:
-            out, lse = self._folded
-        self._merge_into(out, lse, None)
-        self._folded, self._held = Part(out, lse), []
+        folded = self._new(torch.float32) if self._folded is None else self._folded
+        self._merge_into(*folded, None)
+        self._folded, self._held = folded, []
         return self._folded
 
     def _merge_into(self, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> None:

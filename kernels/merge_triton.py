@@ -1,4 +1,8 @@
-"""The Triton kernel of merge.py: one pass, BLOCK_R rows of [T * Hq, D] a program."""
+"""The Triton kernel of merge.py: one pass, a program takes BLOCK_T tokens of BLOCK_H heads.
+
+FlashAttention gives lse as a view whose tokens lie side by side, other kernels with heads side by
+side: a program's rows go along whichever it is, so that lse is read in whole sectors.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,8 @@ from ringspan.types import Part
 MAX_PARTS = 16
 """Parts of one launch: each is one more vector load a thread keeps in flight."""
 
-_BLOCK_ELEMENTS = 2048
+_BLOCK_ELEMENTS = 1024
 _NUM_WARPS = 4
-_MAX_ROWS = (1 << 31) - (1 << 16)
-"""Rows of one launch: their numbers stay int32, whose division is cheap."""
 
 
 @triton.jit
@@ -31,17 +33,20 @@ def _merge_kernel(
     out_h,
     lse_t,
     lse_h,
-    num_rows,
+    num_tokens,
     num_heads,
     D: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # (token, q head)
-    real = row < num_rows
-    token, head = (row // num_heads).to(tl.int64), row % num_heads
+    BLOCK_R: tl.constexpr = BLOCK_T * BLOCK_H
+    row = tl.arange(0, BLOCK_R)
+    token = (tl.program_id(0) * BLOCK_T + row // BLOCK_H).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + row % BLOCK_H
+    real = (token < num_tokens) & (head < num_heads)
     dim = tl.arange(0, BLOCK_D)
     inside = real[:, None] & (dim < D)[None, :]
 
@@ -90,20 +95,16 @@ def merge_many_triton(
     num_tokens, num_heads, dim = out.shape
     block_d = triton.next_power_of_2(dim)
     block_r = max(1, block_elements // block_d)
-    step = _MAX_ROWS // num_heads
-    for start in range(0, num_tokens, step):
-        rows = slice(start, start + step)
-        outs = tuple(part.out[rows] for part in parts)
-        lses = tuple(part.lse[rows] for part in parts)
-        strides = tuple(s for o, m in zip(outs, lses, strict=True) for s in _strides(o, m))
-        num_rows = outs[0].shape[0] * num_heads
-        merged_out, merged_lse = out[rows], lses[0] if lse is None else lse[rows]
-        _merge_kernel[(triton.cdiv(num_rows, block_r),)](
-            outs, lses, strides, merged_out, merged_lse, lses[0] if sinks is None else sinks,
-            *_strides(merged_out, merged_lse), num_rows, num_heads,
-            D=dim, HAS_LSE=lse is not None, HAS_SINKS=sinks is not None,
-            BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps,
-        )  # fmt: skip
+    along_tokens = parts[0].lse.stride(0) < parts[0].lse.stride(1)
+    block_t, block_h = (block_r, 1) if along_tokens else (1, block_r)
+    _merge_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(num_heads, block_h))](
+        tuple(part.out for part in parts), tuple(part.lse for part in parts),
+        tuple(stride for part in parts for stride in _strides(part.out, part.lse)),
+        out, parts[0].lse if lse is None else lse, parts[0].lse if sinks is None else sinks,
+        *_strides(out, out[..., 0] if lse is None else lse), num_tokens, num_heads,
+        D=dim, HAS_LSE=lse is not None, HAS_SINKS=sinks is not None,
+        BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=num_warps,
+    )  # fmt: skip
 
 
 def _strides(out: torch.Tensor, lse: torch.Tensor) -> tuple[int, int, int, int]:

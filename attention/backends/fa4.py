@@ -19,6 +19,9 @@ import torch
 from ringspan.attention.backends.case import Backend, Case
 from ringspan.types import Part
 
+MANY_ROWS = 1024
+"""From so many rows on, tiles of one q head are full."""
+
 
 def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> Part:
     """q [T, Hq, D], k, v [S, Hkv, D] bf16 or fp16 -> out in q.dtype, lse [T, Hq] a strided view."""
@@ -36,10 +39,23 @@ def fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> Part:
         window_size_left=left,
         window_size_right=None if causal else right,
         softcap=case.softcap,
+        pack_gqa=_pack_gqa(case),
         out=out[None],
         lse=lse,
     )
     return Part(out, lse[0].transpose(0, 1))
+
+
+def _pack_gqa(case: Case) -> bool | None:
+    """Whether the q heads of a kv head share a tile; None leaves it to the package.
+
+    Packing fills tiles where rows are few. With many, an H200 at its power limit does 671 TFLOP/s
+    without and 635 with it over a full mask (65,536 rows, 262,144 keys); with a causal mask the
+    package's own choice, packed, is the faster: 658 against 632.
+    """
+    if case.mask.causal or case.mask.window is not None or case.rows < MANY_ROWS:
+        return None
+    return False
 
 
 def _window(case: Case) -> tuple[int | None, int | None]:
