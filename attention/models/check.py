@@ -26,7 +26,9 @@ PROBE = "ringspan_probe"
 
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "logits_to_keep", "is_causal", PROBE}
 _HARMLESS |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict"}
-_CARRIED = {"scaling", "dropout", "sliding_window", "softcap"}
+_CARRIED = {"scaling", "dropout", "sliding_window", "softcap", "s_aux"}
+_SINKS = ("sinks", "sink", "attention_sink_bias")
+"""Names of parameters that are attention sinks: logits of one more term in the denominator."""
 _MEDIA = ("vision", "image", "video", "audio", "speech")
 
 
@@ -70,6 +72,9 @@ def check_attention_calls(model: PreTrainedModel, facts: ModelFacts) -> None:
     reason = None
     if layers != list(range(facts.num_layers)):
         reason = f"its {facts.num_layers} layers called the attention interface as {layers}"
+    sinks = sum(name.rpartition(".")[2] in _SINKS for name, _ in model.named_parameters())
+    if reason is None and sinks != (handed := sum(call["sinks"] is not None for call in calls)):
+        reason = f"{sinks} of its layers have attention sinks, {handed} hand them to attention"
     for call in calls:
         reason = reason or _refused_by_call(call, facts)
     if reason is not None:
@@ -129,9 +134,6 @@ def _refused_by_modules(config: PretrainedConfig) -> str | None:
         head_dim(config)
     except Exception as error:  # whatever a model class does not like about its config
         return f"transformers cannot build it from this config ({' '.join(str(error).split())})"
-    for name, _ in model.named_parameters():
-        if name.rpartition(".")[2] in ("sinks", "sink", "attention_sink_bias"):
-            return "attention sinks: learned logits beside the keys"
     for name, module in model.named_modules():
         if hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False:
             return f"{name} is not causal"
@@ -150,6 +152,8 @@ def _refused_by_call(call: dict[str, Any], facts: ModelFacts) -> str | None:
     window = facts.windows[call["layer"]]
     if call["window"] != window:
         return f"{at} has the sliding window {call['window']}, its config says {window}"
+    if call["sinks"] not in (None, (facts.num_q_heads,)):
+        return f"{at} has attention sinks {call['sinks']}, wanted one a q head"
     if call["foreign"]:
         return f"{at} hands {', '.join(call['foreign'])} to attention, which would be ignored"
     return None
@@ -175,6 +179,7 @@ def _probe(
             "dims": (q.shape[-1], k.shape[-1], v.shape[-1]),
             "masked": attention_mask is not None,
             "window": kwargs.get("sliding_window"),
+            "sinks": None if kwargs.get("s_aux") is None else tuple(kwargs["s_aux"].shape),
             "foreign": sorted(foreign),
         }
     )

@@ -98,6 +98,14 @@ RANDOM_CONFIGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "tiny-gpt-oss": {
+        **_TINY,
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": _WINDOW,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
 }
 
 
@@ -120,7 +128,7 @@ def random_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norm weights keep what their module gave them, 1 or (Gemma) 0.
-            if parameter.dim() > 1 or name.endswith("bias"):
+            if parameter.dim() > 1 or name.endswith(("bias", "sinks")):
                 parameter.normal_(0.0, std, generator=generator)
     return model
 

@@ -11,6 +11,7 @@ import torch
 from ringspan.attention.loopback import LoopbackWorld
 from ringspan.attention.models.load import load_model
 from ringspan.attention.models.tokenizer import load_tokenizer, tokenize_documents
+from ringspan.attention.schemes.table import SCHEMES
 from ringspan.cluster.messages import AnswerRequest, GangSpec, ModelSpec, PrefillPlan
 from ringspan.cluster.rank import Rank
 from ringspan.errors import BadInput, TooLarge
@@ -61,7 +62,7 @@ def generate(world, ranks, request):
 COMBINATIONS = list(
     itertools.product(["contiguous", "zigzag", "striped"], ["ring", "all-gather"], [True, False])
 )
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt-oss"]
 
 
 @functools.cache
@@ -147,6 +148,14 @@ def test_distributed_equals_single(family, world_size):
 @pytest.mark.parametrize("n", [8, 135, 263])
 def test_odd_lengths_equal_single(n):
     check_equals_single("random:tiny-llama", 3, n, num_more=5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_every_scheme_equals_single(family):
+    """Windows, soft-capping, sinks, chunks over a prefix, in the whole model."""
+    new = [name for name in SCHEMES if name not in ("ring", "all-gather")]
+    combinations = [("zigzag", scheme, True) for scheme in new]
+    check_equals_single(f"random:tiny-{family}", 2, 645, num_more=2, combinations=combinations)
 
 
 def test_smollm2_equals_single():

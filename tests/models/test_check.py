@@ -34,7 +34,6 @@ def test_our_own_configs_are_carried(name: str) -> None:
         ("falcon_h1", SMALL, "hybrid"),
         ("qwen3_next", {}, "linear_attention"),
         ("t5", {}, "encoder-decoder"),
-        ("gpt_oss", SMALL, "attention sinks"),
         ("deepseek_v3", {}, "MLA"),
         ("bloom", SMALL, "ALiBi"),
         ("mpt", {}, "ALiBi"),
