@@ -31,6 +31,16 @@ class Rules(NamedTuple):
     """[Hq] fp32 logits, one more term of each row's denominator; None where there are none."""
 
 
+class _Side:
+    """A stream for every second piece, and where its last one ends. Events are used again: a wait
+    takes the event as it stands when it is enqueued."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self.done = torch.cuda.Stream(device), torch.cuda.Event()
+        self.busy = False
+        """Since the last join."""
+
+
 class Compute:
     """`backend`: a name of `local.BACKENDS`, or `auto`.
 
@@ -41,29 +51,29 @@ class Compute:
 
     def __init__(self, backend: str = "auto", alternate: bool = False) -> None:
         self.backend, self._alternate = backend, alternate
-        self._sides: tuple[torch.cuda.Stream, ...] = ()
-        """Two for pieces, one for `fenced`."""
+        self._sides: tuple[_Side, ...] = ()
         self._next = 0
-        self._busy = False
 
     def join(self) -> None:
         """The current stream goes on behind all pieces."""
-        if self._busy:
-            for side in self._sides[:2]:
-                torch.cuda.current_stream().wait_stream(side)
-            self._busy = False
+        for side in self._sides:
+            if side.busy:
+                torch.cuda.current_stream().wait_event(side.done)
+                side.busy = False
 
     @contextmanager
     def fenced(self) -> Iterator[None]:
         """Within, work is enqueued behind all pieces so far, but the current stream does not wait
         for it: for exchanges that overwrite what pieces have read."""
-        if not self._busy:
+        busy = [side for side in self._sides if side.busy]
+        if not busy:
             yield
             return
-        first, second, fence = self._sides
-        for stream in (torch.cuda.current_stream(), first, second):
-            fence.wait_stream(stream)
-        with torch.cuda.stream(fence):
+        self._here.record()
+        self._fence.wait_event(self._here)
+        for side in busy:
+            self._fence.wait_event(side.done)
+        with torch.cuda.stream(self._fence):
             yield
 
     @contextmanager
@@ -72,12 +82,16 @@ class Compute:
             yield
             return
         if not self._sides:
-            self._sides = tuple(torch.cuda.Stream(like.device) for _ in range(3))
+            self._sides = (_Side(like.device), _Side(like.device))
+            self._fence, self._here = torch.cuda.Stream(like.device), torch.cuda.Event()
         side = self._sides[self._next]
-        self._next, self._busy = 1 - self._next, True
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._next = 1 - self._next
+        self._here.record()
+        side.stream.wait_event(self._here)
+        with torch.cuda.stream(side.stream):
             yield
+            side.done.record()
+        side.busy = True
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece, rules: Rules

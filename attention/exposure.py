@@ -1,8 +1,8 @@
 """Exposed communication: how long computing stood still for an exchange, step by step.
 
-On a GPU two events of the compute stream stand around each wait; their distance, read after the
-step is done, is the time in which the stream had nothing to do but wait. On a CPU it is the time
-that the thread spent in the wait.
+On a GPU one event marks where the pieces enqueued so far end, another where the exchange has
+arrived; if the second comes later, what lies between is time in which the device had nothing to do
+but wait. They are read after the step is done. On a CPU it is the time that the thread waited.
 """
 
 from __future__ import annotations
@@ -22,13 +22,27 @@ class Exposure:
         self._events: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._spare: list[torch.cuda.Event] = []
         self._seconds: dict[int, float] = {}
+        self._marked: torch.cuda.Event | None = None
+        self.off = False
+        """Set where events may not be timed."""
+
+    def mark(self) -> None:
+        """On a stream that is behind all pieces so far: the next wait counts from here."""
+        if self._on_gpu and not self.off:
+            self._marked = self._marked or self._event()
+            self._marked.record()
 
     @contextmanager
     def waiting(self, step: int) -> Iterator[None]:
         """Around the wait before step number `step` of a scheme may compute."""
+        if self.off:
+            yield
+            return
         if self._on_gpu:
-            before, after = self._event(), self._event()
-            before.record()
+            before, after = self._marked or self._event(), self._event()
+            if self._marked is None:
+                before.record()
+            self._marked = None
             yield
             after.record()
             self._events.append((step, before, after))
@@ -42,7 +56,7 @@ class Exposure:
     def collect(self) -> tuple[float, ...]:
         """Seconds by step number, summed over layers; the device must be idle (synchronized)."""
         for step, before, after in self._events:
-            self._add(step, before.elapsed_time(after) / 1e3)
+            self._add(step, max(0.0, before.elapsed_time(after)) / 1e3)
             self._spare += (before, after)
         self._events = []
         seconds = tuple(

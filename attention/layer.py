@@ -69,6 +69,12 @@ class Layer:
         with self.compute.fenced():
             return self.transport.start(sends, recvs, step)
 
+    def wait(self, pending: Pending) -> None:
+        """What comes next may read what an exchange brought."""
+        with self.compute.fenced():
+            self.transport.exposure.mark()
+        pending.wait()
+
     def shapes(self, src: int) -> list[Shape]:
         """Of rank src's block."""
         shapes = []

@@ -62,7 +62,8 @@ class LoopbackWorld:
     world_size: int
     timeout_s: float = 60.0
     poison: bool = True
-    turn: threading.Condition = field(default_factory=threading.Condition)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Who has it has the turn."""
     boxes: dict[tuple[int, int], _Box] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     """What ranks of one process need only once: the weights."""
@@ -70,11 +71,7 @@ class LoopbackWorld:
 
     def __post_init__(self) -> None:
         # One lock, a condition for each rank: who is waited for wakes only who waits for it.
-        self._wakes = [threading.Condition(self._lock) for _ in range(self.world_size)]
-
-    @property
-    def _lock(self) -> threading.RLock:
-        return self.turn._lock  # type: ignore[attr-defined,no-any-return]
+        self._wakes = [threading.Condition(self.lock) for _ in range(self.world_size)]
 
     def transport(self, rank: int, device: torch.device) -> LoopbackTransport:
         return LoopbackTransport(self, rank, device)
@@ -89,7 +86,7 @@ class LoopbackWorld:
         self.boxes.clear()
 
         def body(rank: int) -> None:
-            with self.turn:
+            with self.lock:
                 if self.failed is not None:
                     return
                 try:
@@ -100,7 +97,6 @@ class LoopbackWorld:
                 finally:
                     for wake in self._wakes:
                         wake.notify_all()
-                    self.turn.notify_all()
 
         threads = [
             threading.Thread(target=body, args=(rank,), name=f"rank-{rank}", daemon=True)

@@ -1,4 +1,8 @@
-"""Our Triton flash kernel: every mask, softcap and head_dim up to 256, on any GPU of Triton's."""
+"""Our flash kernels: every mask, softcap and head_dim up to 256, on any GPU of Triton's.
+
+On Hopper head_dim 64 and 128 go to a kernel of their own (kernels/flash_hopper.py). Parts are
+continued in place, so a ring hop needs no merge.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,13 @@ def triton_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) 
     return flash(q, k, v, **case.mask._asdict(), softcap=case.softcap, scale=case.scale)
 
 
+def triton_flash_into(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case, part: Part
+) -> None:
+    """As triton_flash; `part` (fp32, out's last axis contiguous) takes up these keys in place."""
+    flash(q, k, v, **case.mask._asdict(), softcap=case.softcap, scale=case.scale, into=part)
+
+
 def _available(device_type: str) -> str | None:
     if device_type != "cuda":
         return "it runs on CUDA devices only"
@@ -29,9 +40,13 @@ def _why_not(case: Case) -> str | None:
         return f"it takes bf16, fp16 and fp32, not {case.dtype}"
     if case.head_dim > 256:
         return f"it takes head_dim up to 256, not {case.head_dim}"
-    if case.scale <= 0:
-        return f"it wants a positive scale, not {case.scale}"
     return None
 
 
-TRITON = Backend(name="triton", available=_available, why_not=_why_not, run=triton_flash)
+TRITON = Backend(
+    name="triton",
+    available=_available,
+    why_not=_why_not,
+    run=triton_flash,
+    run_into=triton_flash_into,
+)

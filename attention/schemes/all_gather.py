@@ -24,7 +24,7 @@ def all_gather(layer: Layer) -> Part:
     )
     accumulator = layer.accumulator(layer.q)
     layer.over(accumulator, rank, rank, layer.own)
-    pending.wait()
+    layer.wait(pending)
     for src in others:
         layer.over(accumulator, rank, src, into[src])
     return layer.finish(accumulator)

@@ -38,7 +38,7 @@ def gather_q(layer: Layer) -> Part:
         [Message(all_q[starts[src] : starts[src] + rows[src]], src) for src in others],
         1,
     )
-    coming.wait()
+    layer.wait(coming)
     together = layer.problem.grouped(world_size)
     order = order_of(together, "rows", 0, all_q.device)
     away = layer.within(
@@ -69,11 +69,13 @@ def _home(
         src: layer.lease(f"gather-q-home-{src}", layer.part_shapes(rows[rank])) for src in others
     }
     of = {r: slice(starts[r], starts[r] + rows[r]) for r in range(layer.world_size)}
-    layer.start(
-        [Message(t[of[peer]], peer) for peer in others for t in (out, lse)],
-        [Message(t, src) for src in others for t in home[src]],
-        2,
-    ).wait()
+    layer.wait(
+        layer.start(
+            [Message(t[of[peer]], peer) for peer in others for t in (out, lse)],
+            [Message(t, src) for src in others for t in home[src]],
+            2,
+        )
+    )
     accumulator = layer.accumulator(layer.q)
     accumulator.add(0, rows[rank], Part(out[of[rank]], lse[of[rank]]), (rank, 0, 0))
     for src in others:

@@ -45,14 +45,14 @@ def pass_q(layer: Layer) -> Part:
         else:
             part = _part(layer, layer_q, src, step)
             if returning is not None:
-                returning.wait()
+                layer.wait(returning)
             returning, home = _send_home(layer, part, src, step, rows)
             returned.append(home)
         if not last:
-            coming.wait()
+            layer.wait(coming)
             layer_q, src = next_q, next_src
     if returning is not None:
-        returning.wait()
+        layer.wait(returning)
     for k_rank, part in returned:
         accumulator.add(0, rows, part, (k_rank, 0, 0))
     return layer.finish(accumulator)

@@ -47,6 +47,6 @@ def _ring(layer: Layer, forward: bool) -> Part:
             )
         layer.over(accumulator, rank, src, held)
         if not last:
-            pending.wait()
+            layer.wait(pending)
             held, src = into, next_src
     return layer.finish(accumulator)

@@ -161,11 +161,13 @@ def _gather(
             to.copy_(tensor[:, head])
         packed.append(out)
     others = [m for m in range(len(members)) if m != me]
-    layer.start(
-        [Message(t, members[m]) for m in others for t in packed[m]],
-        [Message(t, members[m]) for m in others for t in arrived[m]],
-        0,
-    ).wait()
+    layer.wait(
+        layer.start(
+            [Message(t, members[m]) for m in others for t in packed[m]],
+            [Message(t, members[m]) for m in others for t in arrived[m]],
+            0,
+        )
+    )
     names = ["rows"] + [str(at) for at, _ in specs]
     placed = []
     for number, (tensor, name) in enumerate(zip(full, names, strict=True)):
@@ -218,7 +220,7 @@ def _return(
         arrived.append((into[0], into[1]))
         sends += [Message(t[of], member) for t in back]
         recvs += [Message(t, member) for t in into]
-    layer.start(sends, recvs, 1 + layer.world_size // len(members)).wait()
+    layer.wait(layer.start(sends, recvs, 1 + layer.world_size // len(members)))
     for share, (part_out, part_lse) in zip(shares, arrived, strict=True):
         out[:, share.q0 : share.q1] = part_out
         lse[:, share.q0 : share.q1] = part_lse

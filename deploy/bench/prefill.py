@@ -1,6 +1,6 @@
 """How fast is a prefill, beside the transformers model in one process on the same tokens?
 
-    ringspan bench prefill --model smollm2 --tokens 8192 --ranks 2 --json rows.jsonl
+    ringspan bench prefill --model smollm2 --tokens 2048,8192 --ranks 1,2 --json rows.jsonl
 
 First the answer is checked: the token that follows must be the one transformers gives (or one whose
 logit is as large within float error). Then both run in turn, `--repeats` times; one JSON row each
@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -55,36 +55,66 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
     versions: dict[str, str]
 
+    @property
+    def devices(self) -> int:
+        """Loopback ranks share one."""
+        return 1 if self.ranks[0].transport == "loopback" else len(self.ranks)
+
 
 def bench_prefill(
-    spec: GangSpec,
+    specs: Sequence[GangSpec],
     options: PrefillOptions,
+    schemes: Sequence[str],
+    lengths: Sequence[int],
     token_ids: np.ndarray,
     *,
     repeats: int,
     baseline: bool,
     local: bool,
     command: str,
+) -> Iterator[Row]:
+    """Every gang, length and scheme, one row each, as they come.
+
+    token_ids int32 [n + 1], n the largest of `lengths`: of each length so many are prefilled, and
+    the next one is asked with. A gang is started once, and the transformers model once a length.
+    """
+    with open_ray(local):
+        for spec in specs:
+            with open_gang(spec, local) as gang:
+                controller = Controller(gang)
+                for length in lengths:
+                    ids = token_ids[: length + 1]
+                    started = _Peer(spec, gang.ready, ids) if baseline else contextlib.nullcontext()
+                    with started as peer:
+                        for scheme in schemes:
+                            asked = msgspec.structs.replace(options, scheme=scheme)
+                            yield _row(controller, gang.ready, asked, ids, peer, repeats, command)
+
+
+def _row(
+    controller: Controller,
+    ready: tuple[RankReady, ...],
+    options: PrefillOptions,
+    token_ids: np.ndarray,
+    peer: _Peer | None,
+    repeats: int,
+    command: str,
 ) -> Row:
-    """token_ids int32 [n + 1]: n are prefilled, the last one is asked with."""
     context, question = token_ids[:-1], (int(token_ids[-1]),)
     times: list[float] = []
     theirs: list[float] = []
-    with open_ray(local), open_gang(spec, local) as gang:
-        controller = Controller(gang)
-        with _Peer(spec, gang.ready, token_ids) if baseline else contextlib.nullcontext() as peer:
-            for repeat in range(repeats + 1):  # the first one warms up, and is checked
-                done = controller.prefill(context, options)
-                if repeat == 0:
-                    session = controller.begin_session(done.context_id)
-                    [answer] = controller.ask(session, done.context_id, question, max_tokens=1)
-                    if peer is not None:
-                        peer.check(answer.token_id)
-                else:
-                    times.append(done.timings.prefill_s)
-                if peer is not None and (took := peer.run()) and repeat:
-                    theirs.append(took)
-        facts, ready = controller.facts, gang.ready
+    for repeat in range(repeats + 1):  # the first one warms up, and is checked
+        done = controller.prefill(context, options)
+        if repeat == 0:
+            session = controller.begin_session(done.context_id)
+            [answer] = controller.ask(session, done.context_id, question, max_tokens=1)
+            if peer is not None:
+                peer.check(answer.token_id)
+        else:
+            times.append(done.timings.prefill_s)
+        if peer is not None and (took := peer.run()) and repeat:
+            theirs.append(took)
+    controller.drop(done.context_id)
     median_s = statistics.median(times)
     return Row(
         command=command,
@@ -94,12 +124,12 @@ def bench_prefill(
         median_s=median_s,
         max_s=max(times),
         tokens_per_s=len(context) / median_s,
-        tflops_per_s=prefill_flops(facts, len(context)) / median_s / 1e12,
+        tflops_per_s=prefill_flops(controller.facts, len(context)) / median_s / 1e12,
         all_s=tuple(times),
         baseline_s=tuple(theirs),
         median_ratio=_median_ratio(times, theirs),
         plan=done.plan,
-        facts=facts,
+        facts=controller.facts,
         ranks=ready,
         hardware=hardware(),
         versions=versions(),
@@ -169,8 +199,3 @@ class _Peer:
                 f"bench prefill: the transformers process ended with {process.wait(10)}"
             )
         return msgspec.json.decode(answer, type=Baseline)
-
-
-def append_row(row: Row, path: Path) -> None:
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(row) + b"\n")

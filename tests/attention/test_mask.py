@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringspan.attention.layout import deal, positions
-from ringspan.attention.mask import Piece, pieces, visible_pairs
+from ringspan.attention.mask import Piece, clip, pieces, visible_pairs
 from ringspan.types import Span, total_tokens
 
 
@@ -66,3 +66,19 @@ def test_zigzag_hops_are_at_most_two_pieces_whatever_is_cached():
                 assert all(p.causal and p.offset == p.k1 - p.k0 - (p.q1 - p.q0) for p in cut)
             else:
                 assert not any(p.causal for p in cut)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    q_spans=ascending(4),
+    k_spans=ascending(4),
+    window=st.one_of(st.none(), st.integers(1, 20)),
+    at=st.integers(0, 40),
+)
+def test_cuts_over_two_stretches_of_keys_are_the_whole(q_spans, k_spans, window, at):
+    rows, keys = total_tokens(q_spans), total_tokens(k_spans)
+    cut, at = pieces(q_spans, k_spans, True, window), min(at, keys)
+    left, right = clip(cut, 0, at), clip(cut, at, keys)
+    both = torch.cat((seen(left, rows, at), seen(right, rows, keys - at)), 1)
+    assert torch.equal(both, seen(cut, rows, keys))
+    assert visible_pairs(left) + visible_pairs(right) == visible_pairs(cut)

@@ -228,9 +228,9 @@ class Delayed(LoopbackTransport):
         return pending
 
     def _pause(self) -> None:
-        self.world.turn.release()
+        self.world.lock.release()
         time.sleep(random.random() * 2e-3)
-        self.world.turn.acquire()
+        self.world.lock.acquire()
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
@@ -308,9 +308,10 @@ def test_a_peer_that_says_nothing_is_named() -> None:
     world = LoopbackWorld(3, timeout_s=0.2)
 
     def body(rank: int) -> None:
-        if rank == 2:
-            with world.turn:
-                world.turn.wait(1.0)
+        if rank == 2:  # keeps still, without the turn, until the others have given up
+            world.lock.release()
+            time.sleep(1.0)
+            world.lock.acquire()
             return
         layer = Layer(
             world.transport(rank, CPU), Buffers(CPU), Compute(), given.problem, given.rules,

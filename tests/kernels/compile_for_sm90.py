@@ -1,6 +1,7 @@
 """Compiles every Triton kernel to sm_90 machine code without a GPU; run by test_compile.py.
 
-Prints one JSON row a kernel: name, shared memory in bytes, warp-group products in the ptx.
+Prints one JSON row a kernel: name, shared memory in bytes, and from the ptx warp-group products and
+16-byte loads.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from triton.compiler import ASTSource
 from ringspan.kernels.flash_triton import CONFIGS, _flash_kernel
 from ringspan.kernels.merge_triton import _merge_kernel
 from ringspan.kernels.quantize_triton import _dequantize_kernel, _quantize_kernel
+from ringspan.kernels.rms_norm_triton import _rms_norm_kernel, num_warps
+from ringspan.kernels.rope_triton import _rope_kernel
 from ringspan.kernels.rotate_triton import (
     _dequantize_rotate_kernel,
     _rotate_quantize_kernel,
     options,
 )
 from ringspan.kernels.sum64_triton import _sum64_kernel
+from ringspan.kernels.swiglu_triton import _swiglu_kernel
 
 STRIDE_16 = [["tt.divisibility", 16]]
 
@@ -53,7 +57,7 @@ def compile_kernel(kernel, pointers, constants, floats=(), wide=(), unaligned=()
 def flash(dtype, dim, config, causal, windowed=False, softcap=False):
     return compile_kernel(
         _flash_kernel,
-        {"q": dtype, "k": dtype, "v": dtype, "out": dtype, "lse": "fp32"},
+        {"q": dtype, "k": dtype, "v": dtype, "out": dtype, "lse": "fp32", "sinks": "fp32"},
         {
             "GROUP": 4,
             "D": dim,
@@ -63,10 +67,12 @@ def flash(dtype, dim, config, causal, windowed=False, softcap=False):
             "CAUSAL": causal,
             "WINDOWED": windowed,
             "SOFTCAP": softcap,
+            "INTO": False,
+            "SINKS": False,
             "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         },
         floats=("scale", "softcap"),
-        unaligned=("lse_p", "lse_t", "split_keys"),
+        unaligned=("lse_p", "lse_t", "lse_h", "split_keys"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -75,15 +81,10 @@ def flash(dtype, dim, config, causal, windowed=False, softcap=False):
 def all_kernels():
     yield "flash bf16 D64 full", flash("bf16", 64, CONFIGS[64][0], False)
     yield "flash bf16 D128 causal", flash("bf16", 128, CONFIGS[128][0], True)
-    blocks = {"D": 128, "BLOCK_R": 16, "BLOCK_D": 128}
-    yield (
-        "merge bf16",
-        compile_kernel(
-            _merge_kernel,
-            {"out": "fp32", "lse": "fp32", "part_out": "bf16", "part_lse": "fp32"},
-            blocks,
-        ),
-    )
+    blocks = {"D": 128, "BLOCK_T": 8, "BLOCK_H": 1, "BLOCK_D": 128}
+    for count in (2, 16):
+        yield f"merge bf16 P{count}", merge("bf16", count)
+    yield from row_kernels("bf16")
     yield (
         "sum64",
         compile_kernel(
@@ -117,6 +118,74 @@ def all_kernels():
         )
     for dim in (64, 128, 256):
         yield from rotate_kernels("bf16", dim)
+
+
+def merge(dtype, count):
+    """Tuples of tensors and strides, whose paths in the signature have two places."""
+    blocks = {"BLOCK_T": 8, "BLOCK_H": 1, "BLOCK_D": 128}
+    constants = {"D": 128, "HAS_LSE": True, "HAS_SINKS": True, **blocks}
+    tuples = {
+        "outs": (f"*{dtype}",) * count,
+        "lses": ("*fp32",) * count,
+        "strides": ("i32", "i32", "i32", "constexpr") * count,  # lse's heads lie side by side
+    }
+    pointers = {"out": f"*{dtype}", "lse": "*fp32", "sinks": "*fp32"}
+    names = _merge_kernel.arg_names
+    signature, attrs, constexprs = {}, {}, {}
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", constants[name]
+        elif name in tuples:
+            signature[name] = tuples[name]
+            for j, kind in enumerate(tuples[name]):
+                if kind == "constexpr":
+                    constexprs[(i, j)] = 1
+                else:
+                    attrs[(i, j)] = STRIDE_16
+        else:
+            signature[name] = pointers.get(name, "i32")
+            if not name.startswith("num_"):
+                attrs[(i,)] = STRIDE_16
+    source = ASTSource(fn=_merge_kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def row_kernels(dtype):
+    yield (
+        f"rms_norm {dtype}",
+        compile_kernel(
+            _rms_norm_kernel,
+            {"x": dtype, "weight": dtype, "out": dtype},
+            {"H": 4096, "UNIT_OFFSET": False, "BLOCK_R": 1, "BLOCK_H": 4096},
+            floats=("eps",),
+            unaligned=("num_rows", "num_b"),
+            num_warps=num_warps(4096),
+            enable_fp_fusion=False,
+        ),
+    )
+    yield (
+        f"rope {dtype}",
+        compile_kernel(
+            _rope_kernel,
+            dict.fromkeys(("q", "k", "cos", "sin", "q_out", "k_out"), dtype),
+            {"HALF": 64, "BLOCK_R": 32, "BLOCK_D": 64},
+            unaligned=("num_tokens", "num_q_heads", "num_kv_heads", "q_blocks"),
+            num_warps=4,
+            enable_fp_fusion=False,
+        ),
+    )
+    for gelu in (False, True):
+        yield (
+            f"swiglu {dtype} {'gelu_tanh' if gelu else 'silu'}",
+            compile_kernel(
+                _swiglu_kernel,
+                {"gate": dtype, "up": dtype, "out": dtype},
+                {"F": 14336, "GELU": gelu, "BLOCK_F": 2048},
+                unaligned=("num_blocks",),
+                num_warps=4,
+                enable_fp_fusion=False,
+            ),
+        )
 
 
 def rotate_kernels(dtype, dim):
@@ -154,6 +223,7 @@ def main() -> None:
                 "name": name,
                 "shared_bytes": compiled.metadata.shared,
                 "wgmma": ptx.count("wgmma.mma_async"),
+                "wide_loads": ptx.count("ld.global.v4"),
                 "cubin_bytes": len(compiled.asm["cubin"]),
             }
         )

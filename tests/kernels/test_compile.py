@@ -50,4 +50,12 @@ def test_every_kernel_fits_the_shared_memory_of_a_hopper_multiprocessor(compiled
 def test_every_kernel_file_was_compiled(compiled):
     kinds = {name.split()[0] for name in compiled}
     rotate = {"rotate_quantize", "dequantize_rotate"}
-    assert kinds == {"flash", "merge", "sum64", "quantize", "dequantize"} | rotate
+    rows = {"rms_norm", "rope", "swiglu"}
+    assert kinds == {"flash", "merge", "sum64", "quantize", "dequantize"} | rotate | rows
+
+
+@pytest.mark.parametrize(("kernel", "loads"), [("merge", 4), ("rms_norm", 4), ("swiglu", 4)])
+def test_memory_bound_kernels_load_16_bytes_at_a_time(compiled, kernel, loads):
+    rows = [row for name, row in compiled.items() if name.split()[0] == kernel]
+    assert rows
+    assert min(row["wide_loads"] for row in rows) >= loads
