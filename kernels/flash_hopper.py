@@ -7,8 +7,8 @@ One program is three groups of warps that meet at barriers in shared memory:
 
 Within a consumer the products run beside the softmax: while P_(j-1) V_(j-1) and Q K_j^T are on the
 tensor cores, nothing waits for them but the softmax of block j. Between the consumers a turn is
-passed on after the products are issued, so that one computes exponentials while the other multiplies.
-Both ideas: FlashAttention 3, https://arxiv.org/abs/2407.08608, section 3.
+passed on after the products are issued, so that one computes exponentials while the other
+multiplies. Both ideas: FlashAttention 3, https://arxiv.org/abs/2407.08608, section 3.
 
 Blocks of keys are taken from the last to the first, so that the masked ones (diagonal, ragged end)
 come first; those that all rows see go through a loop without a mask:
@@ -29,6 +29,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -95,7 +96,8 @@ def _produce(
 ):  # fmt: skip
     """The producer warp: every copy that the consumers will wait for, in their order."""
     WG_M: gl.constexpr = q_desc.block_type.shape[1]
-    count = 0
+    count = 0  # of blocks
+    visible = 0  # of tiles with a block
     turn = 0
     tile_index = _index(turn, num_tiles)
     while tile_index < num_tiles:
@@ -105,7 +107,7 @@ def _produce(
         )
         if stop > first:
             for group in gl.static_range(2):
-                mbarrier.wait(q_empty.index(group), (turn & 1) ^ 1)
+                mbarrier.wait(q_empty.index(group), (visible & 1) ^ 1)
                 mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
                 _copy_tile(
                     q_desc,
@@ -113,6 +115,7 @@ def _produce(
                     q_full.index(group),
                     q_tiles.index(group),
                 )
+            visible += 1
         kv_head = head // GROUP
         for block in range(stop - first):
             start = (stop - 1 - block) * BLOCK_N
@@ -134,8 +137,9 @@ def _softmax(
     scores, peak, total, row, start, keys, offset, window, scale, softcap,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """One block's scores [M, N] -> weights, the new peak and total, and what earlier sums shrink by.
+    """A block's scores [M, N] -> weights, the new peak and total, and what earlier sums shrink by.
 
+    total [M, 8] is summed over its columns after the last block, which spares shuffles.
     Without a softcap peak is a raw score: scale meets it in the exponent, in one multiply-add.
     """
     S_LAYOUT: gl.constexpr = scores.type.layout
@@ -162,22 +166,51 @@ def _softmax(
         pivot = pivot * scale
         weights = gl.exp2(scores * scale - pivot[:, None])
         shrink = gl.exp2(peak * scale - pivot)
-    total = total * shrink + gl.sum(weights, 1)
-    return weights, new_peak, total, shrink
+    columns = _column_sums(weights)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None]
+    return weights, new_peak, total + columns, shrink
+
+
+@gluon.jit
+def _column_sums(x):
+    """[M, N] -> [M, 8]: sums that stay within a thread, which holds two of every 8 columns."""
+    M: gl.constexpr = x.type.shape[0]
+    N: gl.constexpr = x.type.shape[1]
+    return gl.sum(gl.reshape(x, [M, N // 8, 8]), 1)
 
 
 @gluon.jit
 def _pin(x):
-    """x, computed before the next wait.
+    """x (four values a thread), computed before the next wait.
 
     ptxas moves arithmetic behind a wait for products that it does not depend on, where it would no
     longer run beside them. What follows x here is never executed (a total is at most the number of
     keys), but ptxas does not know that and moves it over no wait.
     """
     return gl.inline_asm_elementwise(
-        "{ .reg .pred huge; setp.gt.f32 huge, $1, 0f7E967699; @huge nanosleep.u32 20; mov.b32 $0, $1; }",
-        "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1,
+        """{
+        .reg .pred huge;
+        .reg .f32 sum, sum1;
+        add.f32 sum, $4, $5;
+        add.f32 sum1, $6, $7;
+        add.f32 sum, sum, sum1;
+        setp.gt.f32 huge, sum, 0f7E967699;
+        @huge nanosleep.u32 20;
+        mov.b32 $0, $4;
+        mov.b32 $1, $5;
+        mov.b32 $2, $6;
+        mov.b32 $3, $7;
+        }""",
+        "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=False, pack=4,
     )  # fmt: skip
+
+
+@gluon.jit
+def _anew(x):
+    """x, so that addresses made of it are computed again, not kept since an earlier use."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -188,11 +221,17 @@ def _step(
     S_LAYOUT: gl.constexpr, STAGES: gl.constexpr, WG: gl.constexpr, TURNS: gl.constexpr,
     MASKED: gl.constexpr, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Scores of the count-th block, weights times values of the one before."""
+    """Scores of the count-th block, weights times values of the one before.
+
+    weights go round the loop in fp32: as pairs of 16 bits they would be taken apart and put
+    together again each time.
+    """
     WG_M: gl.constexpr = acc.type.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.type.shape[2]
     D: gl.constexpr = k_tiles.type.shape[3]
     O_LAYOUT: gl.constexpr = acc.type.layout
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    weights = gl.convert_layout(weights.to(v_tiles.dtype), P_LAYOUT)
     slot = count % STAGES
     last = (count - 1) % STAGES
     mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
@@ -212,11 +251,9 @@ def _step(
         scores, peak, total, row, start, keys, offset, window, scale, softcap,
         MASKED, CAUSAL, WINDOWED, SOFTCAP,
     )  # fmt: skip
-    new_weights = gl.convert_layout(new_weights.to(weights.dtype), weights.type.layout)
     total = _pin(total)
     mbarrier.arrive(k_empty.index(slot))
-    # the new weights are named as well, or the compiler puts their exponentials behind the wait
-    acc, weights, new_weights = warpgroup_mma_wait(0, deps=[acc, weights, new_weights])
+    acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(v_empty.index(last))
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
     return new_weights, peak, total, acc
@@ -236,7 +273,6 @@ def _consume(
     WG_M: gl.constexpr = q_tiles.type.shape[2]
     BLOCK_N: gl.constexpr = k_tiles.type.shape[2]
     D: gl.constexpr = k_tiles.type.shape[3]
-    dtype: gl.constexpr = k_tiles.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
@@ -245,7 +281,8 @@ def _consume(
     LOG2E: gl.constexpr = 1.4426950408889634
 
     q_tile = q_tiles.index(WG).reshape([WG_M, D])
-    count = 0
+    count = 0  # of blocks
+    visible = 0  # of tiles with a block
     turn = 0
     tile_index = _index(turn, num_tiles)
     while tile_index < num_tiles:
@@ -255,11 +292,9 @@ def _consume(
         )
         row = tile * (2 * WG_M) + WG * WG_M + gl.arange(0, WG_M, ROW_LAYOUT)
         lse_row = lse + row.to(gl.int64) * lse_t + head.to(gl.int64) * lse_h
+        out_head = out + head.to(gl.int64) * out_h
         out_row = tile * (2 * WG_M) + WG * WG_M + gl.arange(0, WG_M, gl.SliceLayout(1, O_LAYOUT))
         dim = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-        out_tile = out + head.to(gl.int64) * out_h + out_row.to(gl.int64)[:, None] * out_t
-        out_tile = out_tile + dim[None, :]
-        inside = (out_row < rows)[:, None] & (dim < D)[None, :]
 
         to_peak = LOG2E if SOFTCAP else LOG2E / scale
         peak = gl.full([WG_M], -float("inf"), gl.float32, ROW_LAYOUT)
@@ -267,7 +302,8 @@ def _consume(
         acc = gl.zeros([WG_M, D], gl.float32, O_LAYOUT)
         if INTO:
             peak = gl.load(lse_row, mask=row < rows, other=-float("inf"))
-            acc = gl.load(out_tile, mask=inside, other=0.0)
+            out_tile = out_head + out_row.to(gl.int64)[:, None] * out_t + dim[None, :]
+            acc = gl.load(out_tile, mask=(out_row < rows)[:, None], other=0.0)
             total = gl.where(peak == -float("inf"), 0.0, 1.0)
             if SINKS:
                 # the sink is one more key with value 0
@@ -282,8 +318,13 @@ def _consume(
             peak = gl.load(sinks + head) * to_peak + gl.zeros([WG_M], gl.float32, ROW_LAYOUT)
             total = gl.full([WG_M], 1.0, gl.float32, ROW_LAYOUT)
 
+        # as eight equal columns: exact
+        columns = _column_sums(gl.zeros([WG_M, BLOCK_N], gl.float32, S_LAYOUT))
+        total = gl.convert_layout(total, gl.SliceLayout(1, columns.type.layout))
+        columns += total[:, None] * 0.125
         if stop > first:
-            mbarrier.wait(q_full.index(WG), turn & 1)
+            mbarrier.wait(q_full.index(WG), visible & 1)
+            visible += 1
             slot = count % STAGES
             mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
             if TURNS:
@@ -296,18 +337,17 @@ def _consume(
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_empty.index(slot))
             block = stop - 1
-            new_weights, peak, total, shrink = _softmax(
-                scores, peak, total, row, block * BLOCK_N, keys, offset, window, scale, softcap,
+            weights, peak, columns, shrink = _softmax(
+                scores, peak, columns, row, block * BLOCK_N, keys, offset, window, scale, softcap,
                 True, CAUSAL, WINDOWED, SOFTCAP,
             )  # fmt: skip
             if INTO:
                 acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            weights = gl.convert_layout(new_weights.to(dtype), P_LAYOUT)
             count += 1
             block -= 1
             while block >= all_stop:
-                weights, peak, total, acc = _step(
-                    weights, peak, total, acc, count, row, block * BLOCK_N,
+                weights, peak, columns, acc = _step(
+                    weights, peak, columns, acc, count, row, block * BLOCK_N,
                     q_tile, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns,
                     keys, offset, window, scale, softcap,
                     S_LAYOUT, STAGES, WG, TURNS, True, CAUSAL, WINDOWED, SOFTCAP,
@@ -315,8 +355,8 @@ def _consume(
                 count += 1
                 block -= 1
             while block >= all_first:
-                weights, peak, total, acc = _step(
-                    weights, peak, total, acc, count, row, block * BLOCK_N,
+                weights, peak, columns, acc = _step(
+                    weights, peak, columns, acc, count, row, block * BLOCK_N,
                     q_tile, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns,
                     keys, offset, window, scale, softcap,
                     S_LAYOUT, STAGES, WG, TURNS, False, CAUSAL, WINDOWED, SOFTCAP,
@@ -325,8 +365,8 @@ def _consume(
                 block -= 1
             if WINDOWED:
                 while block >= first:
-                    weights, peak, total, acc = _step(
-                        weights, peak, total, acc, count, row, block * BLOCK_N,
+                    weights, peak, columns, acc = _step(
+                        weights, peak, columns, acc, count, row, block * BLOCK_N,
                         q_tile, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns,
                         keys, offset, window, scale, softcap,
                         S_LAYOUT, STAGES, WG, TURNS, True, CAUSAL, WINDOWED, SOFTCAP,
@@ -337,17 +377,24 @@ def _consume(
             last = (count - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((count - 1) // STAGES) & 1)
             acc = warpgroup_mma(
-                weights, v_tiles.index(last).reshape([BLOCK_N, D]), acc, use_acc=True, is_async=True
+                gl.convert_layout(weights.to(v_tiles.dtype), P_LAYOUT),
+                v_tiles.index(last).reshape([BLOCK_N, D]),
+                acc,
+                use_acc=True,
+                is_async=True,
             )
-            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(last))
 
+        total = gl.convert_layout(gl.sum(columns, 1), ROW_LAYOUT)
         seen = total > 0
         divisor = gl.where(seen, total, 1.0)
         log2_total = gl.log2(divisor) + (peak if SOFTCAP else peak * scale)
         gl.store(lse_row, gl.where(seen, log2_total * LN2, -float("inf")), mask=row < rows)
         acc = acc * gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        gl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
+        out_row = _anew(out_row)
+        out_tile = out_head + out_row.to(gl.int64)[:, None] * out_t + dim[None, :]
+        gl.store(out_tile, acc.to(out.dtype.element_ty), mask=(out_row < rows)[:, None])
         turn += 1
         tile_index = _index(turn, num_tiles)
 
@@ -383,6 +430,7 @@ def _flash_hopper_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()  # the copy engine sees the barriers as they are now
 
     # the arguments stand in the call: a name would make run-time values of the constexprs
     gl.warp_specialize(
@@ -419,19 +467,15 @@ class HopperConfig(NamedTuple):
     turns: bool
     """The two consumers issue their products in turns."""
 
-    def shared_bytes(self, dim: int) -> int:
-        """Shared memory for the tiles of q and the slots of k and v, 16-bit, and the barriers."""
-        return (2 * WG_ROWS + 2 * self.stages * self.block_n) * dim * 2 + 1024
-
 
 WG_ROWS = 64
 """Rows of one consumer: one warp-group product's."""
 
 HOPPER_CONFIGS: dict[int, tuple[HopperConfig, ...]] = {
-    64: (HopperConfig(128, 3, True), HopperConfig(128, 3, False)),
-    128: (HopperConfig(128, 2, True), HopperConfig(128, 2, False)),
+    dim: (HopperConfig(128, 2, True), HopperConfig(128, 3, True), HopperConfig(128, 2, False))
+    for dim in (64, 128)
 }
-"""By head_dim, the default first."""
+"""By head_dim, the default first. On an H200 they are close: which is ahead depends on the run."""
 
 _L2_SHARE = 0.5
 """Share of the L2 that the K and V of the heads at work may take."""
@@ -466,18 +510,20 @@ def flash_hopper(
     sinks: torch.Tensor | None = None,
     config: HopperConfig | None = None,
 ) -> Part:
-    """As flash.flash, for T, S >= 1, scale > 0 and tensors that `why_not_hopper` has nothing against."""
+    """As flash.flash, for T, S >= 1, scale > 0 and tensors that `why_not_hopper` lets pass."""
     (rows, q_heads, dim), (keys, kv_heads, _) = q.shape, k.shape
     config = config or HOPPER_CONFIGS[dim][0]
     if into is None:
-        out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), None
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(rows, q_heads, dtype=torch.float32, device=q.device)
     else:
         out, lse = into
     properties = _properties(q.device)
     group = q_heads // kv_heads
     row_tiles = triton.cdiv(rows, 2 * WG_ROWS)
-    kv_at_once = max(1, min(kv_heads, int(_L2_SHARE * properties.L2_cache_size) // (keys * dim * 4)))
+    kv_at_once = max(
+        1, min(kv_heads, int(_L2_SHARE * properties.L2_cache_size) // (keys * dim * 4))
+    )
     while kv_heads % kv_at_once:
         kv_at_once -= 1
     num_tiles = row_tiles * q_heads
@@ -497,7 +543,7 @@ def flash_hopper(
 
 
 def _descriptor(x: torch.Tensor, block_rows: int) -> TensorDescriptor:
-    """x [N, H, D] of any strides, as the copy engine sees it: [H, N, D] in tiles of [1, rows, D]."""
+    """x [N, H, D] of any strides, for the copy engine: [H, N, D] in tiles of [1, rows, D]."""
     num_rows, heads, dim = x.shape
     # the stride of an axis of length 1 may be anything, but the engine wants multiples of 16 bytes
     stride_n = x.stride(0) if num_rows > 1 else dim

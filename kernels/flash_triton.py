@@ -5,8 +5,9 @@ no row sees are skipped; those that all rows see go through a loop without a mas
 
     skipped | masked (window's edge) | seen by all rows | masked (diagonal, ragged end) | skipped
 
-Scores stay in base 2 (exp2 is one instruction): scale is folded with log2(e); lse leaves in base e.
-Few rows over many keys are split along the keys, and the parts merged.
+Exponents are in base 2 (exp2 is one instruction): scale is folded with log2(e); lse leaves in base
+e. Few rows over many keys are split along the keys, and the parts merged. A carried part is loaded
+as what the loop would have reached after its keys, a sink as a first key with value 0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ringspan.kernels.flash import merged
 from ringspan.kernels.merge import merge_parts
 from ringspan.types import Part
 
@@ -60,6 +62,7 @@ def _flash_kernel(
     v,
     out,
     lse,
+    sinks,
     q_t,
     q_h,
     k_s,
@@ -71,6 +74,7 @@ def _flash_kernel(
     out_h,
     lse_p,
     lse_t,
+    lse_h,
     rows,
     keys,
     offset,
@@ -86,6 +90,8 @@ def _flash_kernel(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    INTO: tl.constexpr,
+    SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the longest go first
@@ -118,9 +124,28 @@ def _flash_kernel(
         all_first = all_first * BLOCK_N
     all_stop = tl.maximum(tl.maximum(all_stop, 0) // BLOCK_N * BLOCK_N, all_first)
 
+    out_tile = out + split.to(tl.int64) * out_p + head * out_h
+    out_tile += row.to(tl.int64)[:, None] * out_t + dim[None, :]
+    lse_row = lse + split.to(tl.int64) * lse_p + head * lse_h + row.to(tl.int64) * lse_t
+    to_peak = 1.4426950408889634 if SOFTCAP else 1.4426950408889634 / scale
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if INTO:
+        peak = tl.load(lse_row, mask=row < rows, other=-float("inf"))
+        acc = tl.load(out_tile, mask=inside, other=0.0)
+        total = tl.where(peak == -float("inf"), 0.0, 1.0)
+        if SINKS:
+            sink = tl.load(sinks + head)
+            pivot = tl.maximum(peak, sink)
+            shrink = tl.exp2((peak - pivot) * 1.4426950408889634)
+            total = shrink + tl.exp2((sink - pivot) * 1.4426950408889634)
+            peak = pivot
+            acc = acc * shrink[:, None]
+        peak *= to_peak
+    elif SINKS:
+        peak = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head) * to_peak
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     if WINDOWED:
         peak, total, acc = _over_keys(
             q_tile, k, v, k_s, v_s, row, dim, peak, total, acc, first, all_first,
@@ -139,14 +164,12 @@ def _flash_kernel(
     )  # fmt: skip
 
     seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    row_lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * 0.6931471805599453,
-                       -float("inf"))  # fmt: skip
-    out += split.to(tl.int64) * out_p + head * out_h
-    lse += split.to(tl.int64) * lse_p + head
-    out_tile = out + row.to(tl.int64)[:, None] * out_t + dim[None, :]
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + row.to(tl.int64) * lse_t, row_lse, mask=row < rows)
+    divisor = tl.where(seen, total, 1.0)
+    if not SOFTCAP:
+        peak *= scale
+    row_lse = tl.where(seen, (peak + tl.log2(divisor)) * 0.6931471805599453, -float("inf"))
+    tl.store(out_tile, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(lse_row, row_lse, mask=row < rows)
 
 
 @triton.jit
@@ -158,8 +181,8 @@ def _over_keys(
     v_s,
     row,  # [BLOCK_M]
     dim,  # [BLOCK_D]
-    peak,  # [BLOCK_M] largest score so far, base 2
-    total,  # [BLOCK_M] sum of 2^(score - peak)
+    peak,  # [BLOCK_M] largest score so far: q k as it is, or what softcap made of it, base 2
+    total,  # [BLOCK_M] sum of the weights
     acc,  # [BLOCK_M, BLOCK_D] fp32
     first,
     stop,
@@ -195,8 +218,6 @@ def _over_keys(
         if SOFTCAP:
             # tanh(x) = 1 - 2 / (e^2x + 1); scale and softcap come prepared, see the launcher
             scores = softcap - 2 * softcap / (tl.exp2(scores * scale) + 1)
-        else:
-            scores = scores * scale
         if MASKED:
             seen = (key < keys)[None, :]
             ahead = row[:, None] + offset - key[None, :]
@@ -209,8 +230,13 @@ def _over_keys(
         pivot = new_peak
         if MASKED:
             pivot = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # nothing seen yet
-        weights = tl.exp2(scores - pivot[:, None])
-        shrink = tl.exp2(peak - pivot)
+        if SOFTCAP:
+            weights = tl.exp2(scores - pivot[:, None])
+            shrink = tl.exp2(peak - pivot)
+        else:  # scale meets the score in the exponent: one multiply-add
+            pivot = pivot * scale
+            weights = tl.exp2(scores * scale - pivot[:, None])
+            shrink = tl.exp2(peak * scale - pivot)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         if MASKED:
@@ -234,10 +260,12 @@ def flash_triton(
     window: int | None,
     softcap: float,
     scale: float,
+    into: Part | None = None,
+    sinks: torch.Tensor | None = None,
     config: Config | None = None,
     splits: int | None = None,
 ) -> Part:
-    """As flash.flash, for T, S >= 1; `config` and `splits` override what would be chosen."""
+    """As flash.flash, for T, S >= 1, scale > 0; `config` and `splits` override the choice."""
     (rows, q_heads, dim), (keys, kv_heads, _) = q.shape, k.shape
     group = q_heads // kv_heads
     full = not causal and window is None
@@ -249,44 +277,71 @@ def flash_triton(
             config=config, splits=splits,
         )  # fmt: skip
         out = part.out.unflatten(0, (rows, group)).transpose(1, 2).flatten(1, 2)
-        return Part(out, part.lse.unflatten(0, (rows, group)).transpose(1, 2).flatten(1, 2))
+        lse = part.lse.unflatten(0, (rows, group)).transpose(1, 2).flatten(1, 2)
+        return _finish(out, lse, q.dtype, into, sinks)
     block_d = max(16, triton.next_power_of_2(dim))
     config = config or pick_config(q.device, block_d, q.element_size())
     tiles = triton.cdiv(rows, config.block_m)
     if splits is None:
-        splits = num_splits(tiles * q_heads, keys, _num_sms(q.device)) if full else 1
+        splits = num_splits(tiles * q_heads, keys, num_sms(q.device)) if full else 1
     split_keys = triton.cdiv(triton.cdiv(keys, splits), _SPLIT_KEYS) * _SPLIT_KEYS
     splits = triton.cdiv(keys, split_keys)
-    out_dtype = q.dtype if splits == 1 else torch.float32
-    out = torch.empty(splits, rows, q_heads, dim, dtype=out_dtype, device=q.device)
-    lse = torch.empty(splits, rows, q_heads, dtype=torch.float32, device=q.device)
+    if splits == 1 and into is not None:
+        out, lse = into.out[None], into.lse[None]
+    else:
+        out_dtype = q.dtype if splits == 1 else torch.float32
+        out = torch.empty(splits, rows, q_heads, dim, dtype=out_dtype, device=q.device)
+        lse = torch.empty(splits, rows, q_heads, dtype=torch.float32, device=q.device)
     log2_e = 1.4426950408889634
     _flash_kernel[(tiles, q_heads, splits)](
-        q, k, v, out, lse,
+        q, k, v, out, lse, lse if sinks is None else sinks,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        out.stride(0), out.stride(1), out.stride(2), lse.stride(0), lse.stride(1),
+        out.stride(0), out.stride(1), out.stride(2), lse.stride(0), lse.stride(1), lse.stride(2),
         rows, keys, offset, window or 0, split_keys,
         scale * 2 / softcap * log2_e if softcap else scale * log2_e,
         softcap * log2_e,
         GROUP=group, D=dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=causal, WINDOWED=window is not None, SOFTCAP=softcap > 0,
+        INTO=splits == 1 and into is not None, SINKS=splits == 1 and sinks is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits == 1:
-        return Part(out[0], lse[0])
+        return Part(out[0], lse[0]) if into is None else into
     part = merge_parts(out, lse)
-    return Part(part.out.to(q.dtype), part.lse)
+    return _finish(part.out, part.lse, q.dtype, into, sinks)
+
+
+def _finish(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dtype: torch.dtype,
+    into: Part | None,
+    sinks: torch.Tensor | None,
+) -> Part:
+    """What the kernel left to do where several programs shared a row: few rows, so by torch."""
+    if sinks is not None:
+        out, lse = merged(out.float(), lse, None, sinks)
+    if into is None:
+        return Part(out.to(dtype), lse)
+    out, lse = merged(out.float(), lse, *into)
+    into.out.copy_(out)
+    into.lse.copy_(lse)
+    return into
 
 
 def pick_config(device: torch.device, block_d: int, itemsize: int) -> Config:
     """The first config that fits the device's shared memory; the last one if none is known to."""
+    return fitting_configs(device, block_d, itemsize)[0]
+
+
+def fitting_configs(device: torch.device, block_d: int, itemsize: int) -> tuple[Config, ...]:
+    """The configs that fit the device's shared memory, at least the last one."""
     if device.type != "cuda":
-        return INTERPRETER_CONFIG
+        return (INTERPRETER_CONFIG,)
     configs = FP32_CONFIGS if itemsize == 4 else CONFIGS[max(64, block_d)]
     limit = _shared_limit(device)
-    fitting = (c for c in configs if c.shared_bytes(block_d, itemsize) <= limit)
-    return next(fitting, configs[-1])
+    return tuple(c for c in configs if c.shared_bytes(block_d, itemsize) <= limit) or configs[-1:]
 
 
 def num_splits(programs: int, keys: int, num_sms: int) -> int:
@@ -301,7 +356,7 @@ def _shared_limit(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=64)
-def _num_sms(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -81,7 +81,7 @@ def flash(dtype, dim, config, causal, windowed=False, softcap=False):
 def all_kernels():
     yield "flash bf16 D64 full", flash("bf16", 64, CONFIGS[64][0], False)
     yield "flash bf16 D128 causal", flash("bf16", 128, CONFIGS[128][0], True)
-    blocks = {"D": 128, "BLOCK_T": 8, "BLOCK_H": 1, "BLOCK_D": 128}
+    blocks = {"D": 128, "BLOCK_R": 16, "BLOCK_D": 128}
     for count in (2, 16):
         yield f"merge bf16 P{count}", merge("bf16", count)
     yield from row_kernels("bf16")

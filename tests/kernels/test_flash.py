@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ringspan.kernels.flash import flash, flash_ref
+from ringspan.types import Part
 
 pytestmark = pytest.mark.usefixtures("dirty_empty")
 
@@ -104,6 +105,149 @@ def test_strided_q_k_v_are_read_in_place(device):
     kv = torch.stack((k, v), 1)
     part = launch((q_view, kv[:, 0], kv[:, 1]), mask)
     torch.testing.assert_close(part, launch((q, k, v), mask), rtol=0, atol=0)
+
+
+CARRIED = {
+    "full": (37, 75, 2, 2, 16, FULL),
+    "causal": (65, 65, 4, 2, 16, {"causal": True, "offset": 0}),
+    "window": (70, 70, 2, 1, 32, {"causal": True, "offset": 0, "window": 13}),
+    "softcap": (33, 65, 2, 1, 16, {"causal": True, "offset": 32, "softcap": 3.0}),
+    "rows without keys": (70, 40, 1, 1, 16, {"causal": True, "offset": -35}),
+    "nothing seen": (4, 5, 1, 1, 16, {"causal": True, "offset": -9}),
+    "few rows over heads of a group": (3, 70, 4, 2, 16, FULL),
+    "split keys": (2, 1100, 4, 2, 16, FULL),
+}
+
+
+def carried_case(name, dtype, device):
+    """-> q, k, v, mask, what is carried (its first two rows have seen nothing), sinks, the truth.
+
+    The truth is fp64: the keys of both parts and the sinks in one softmax.
+    """
+    (q, k, v), mask = inputs(CARRIED[name], dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(50, k.shape[1], 2 * k.shape[2], generator=generator).to(device, dtype)
+    k_before, v_before = before.chunk(2, -1)
+    sinks = torch.randn(q.shape[1], generator=generator).to(device) * 2
+    first = flash_ref(
+        q.double(), k_before.double(), v_before.double(), **mask | {"causal": True, "offset": -2,
+        "window": None}
+    )  # fmt: skip
+    second = flash_ref(*(x.double() for x in (q, k, v)), **mask)
+    lses = torch.stack(
+        (first.lse.double(), second.lse.double(), sinks.double().expand(q.shape[:2]))
+    )
+    outs = torch.stack((first.out, second.out, torch.zeros_like(first.out)))
+    return (q, k, v), mask, first, sinks, (outs, lses)
+
+
+def softmax_merged(outs, lses):
+    """Parts [P, T, Hq, D] and [P, T, Hq] as one, in fp64, without the code under test."""
+    lse = lses.logsumexp(0)
+    weights = (lses - torch.where(lse.isneginf(), 0.0, lse)).exp()
+    return Part((weights[..., None] * outs).sum(0), lse)
+
+
+def accumulator(part, strided):
+    """An fp32 copy of the part, as slices of longer rows if `strided`."""
+    rows, heads, dim = part.out.shape
+    pad = 3 if strided else 0
+    out = torch.zeros(heads, rows, dim + pad, device=part.out.device)[..., :dim].transpose(0, 1)
+    lse = torch.zeros(heads, rows, device=part.lse.device).t()
+    if not strided:
+        out, lse = out.contiguous(), lse.contiguous()
+    return Part(out.copy_(part.out), lse.copy_(part.lse))
+
+
+@pytest.mark.parametrize(
+    ("parts", "strided"),
+    [("into", False), ("into", True), ("sinks", False), ("both", True)],
+    ids=["into", "into strided", "sinks", "both strided"],
+)
+@pytest.mark.parametrize("run", ["kernel", "definition"])
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_carried_part_and_sinks_are_further_terms_of_one_softmax(
+    name, run, strided, parts, device
+):
+    tensors, mask, first, sinks, (outs, lses) = carried_case(name, torch.float32, device)
+    chosen = {"into": [0, 1], "sinks": [1, 2], "both": [0, 1, 2]}[parts]
+    truth = softmax_merged(outs[chosen], lses[chosen])
+    into = None if parts == "sinks" else accumulator(first, strided)
+    extra = {"into": into, "sinks": None if parts == "into" else sinks}
+    splits = {"splits": 3} if name == "split keys" and run == "kernel" else {}
+    if run == "kernel":
+        got = launch(tensors, mask, **extra, **splits)
+    else:
+        got = flash_ref(*tensors, **mask, **extra)
+    if into is not None:
+        assert got.out is into.out
+        assert got.lse is into.lse
+    torch.testing.assert_close(got.out, truth.out.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.lse, truth.lse.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_carrying_over_hops_equals_one_call(device):
+    """What a ring does: the keys arrive in three blocks, the accumulators start empty."""
+    (q, k, v), mask = inputs(
+        (40, 90, 2, 1, 16, {"causal": True, "offset": 50}), torch.float16, device
+    )
+    part = Part(
+        torch.zeros(q.shape, device=device), torch.full(q.shape[:2], -torch.inf, device=device)
+    )
+    for start, stop in ((64, 90), (0, 40), (40, 64)):
+        hop = mask | {"offset": mask["offset"] - start, "into": part}
+        part = launch((q, k[start:stop], v[start:stop]), hop)
+    assert_as_good_as_ref(part, (q, k, v), mask)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_that_is_not_positive_is_served(scale, monkeypatch):
+    """The kernels want a positive one: q takes the sign."""
+    from ringspan.kernels import flash_tune
+
+    monkeypatch.setattr(flash_tune, "choose", lambda *args, **kwargs: None)
+    tensors, mask = inputs((20, 30, 2, 1, 16, {"causal": True, "offset": 10}), torch.float32, "cpu")
+    mask["scale"] = scale
+    part = flash_tune.flash_gpu(*tensors, **mask, into=None, sinks=None)
+    torch.testing.assert_close(part, flash_ref(*tensors, **mask), rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_and_a_carried_part_are_kept_where_there_are_no_keys():
+    q, none = torch.randn(3, 2, 8), torch.randn(0, 1, 8)
+    sinks = torch.tensor([0.5, -1.0])
+    part = flash(q, none, none, **FULL, scale=1, sinks=sinks)
+    torch.testing.assert_close(part.lse, sinks.expand(3, 2))
+    into = Part(torch.randn(3, 2, 8), torch.randn(3, 2))
+    kept = Part(into.out.clone(), into.lse.clone())
+    torch.testing.assert_close(flash(q, none, none, **FULL, scale=1, into=into), kept)
+
+
+BAD = {
+    "16-bit accumulators": (
+        {"into": Part(torch.zeros(3, 2, 8).half(), torch.zeros(3, 2))},
+        "expected float32",
+    ),
+    "another shape": (
+        {"into": Part(torch.zeros(3, 1, 8), torch.zeros(3, 1))},
+        "expected those of q",
+    ),
+    "a strided last axis": (
+        {"into": Part(torch.zeros(3, 2, 16)[..., ::2], torch.zeros(3, 2))},
+        "contiguous last axis",
+    ),
+    "sinks of kv heads": (
+        {"sinks": torch.zeros(1)},
+        r"expected contiguous float32 \[Hq\] = \(2,\)",
+    ),
+    "16-bit sinks": ({"sinks": torch.zeros(2).half()}, "expected contiguous float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_carried_parts_and_sinks_are_refused(name):
+    extra, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        flash(torch.randn(3, 2, 8), *torch.randn(2, 5, 1, 8), **FULL, scale=1, **extra)
 
 
 @pytest.mark.parametrize("name", CASES)
