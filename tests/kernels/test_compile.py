@@ -54,7 +54,7 @@ def test_every_kernel_file_was_compiled(compiled):
     assert kinds == {"flash", "merge", "sum64", "quantize", "dequantize"} | rotate | rows
 
 
-@pytest.mark.parametrize(("kernel", "loads"), [("merge", 4), ("rms_norm", 4), ("swiglu", 4)])
+@pytest.mark.parametrize(("kernel", "loads"), [("merge", 2), ("rms_norm", 4), ("swiglu", 4)])
 def test_memory_bound_kernels_load_16_bytes_at_a_time(compiled, kernel, loads):
     rows = [row for name, row in compiled.items() if name.split()[0] == kernel]
     assert rows
