@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from ringspan.attention.tail import LONG_TURN_TOKENS, turn_scheme
 from ringspan.cluster.events import (
     Cancelled,
     IsCancelled,
@@ -34,11 +35,18 @@ from ringspan.cluster.messages import (
     TokenChunk,
 )
 from ringspan.cluster.pace import Pace
-from ringspan.cluster.planner import PrefillOptions, kv_bytes, plan_prefill
+from ringspan.cluster.planner import (
+    PrefillOptions,
+    choose_scheme,
+    known_speeds,
+    kv_bytes,
+    plan_prefill,
+    with_prediction,
+)
 from ringspan.cluster.prefill_run import PrefillRun
-from ringspan.cluster.session import ContextHandle, Sessions
+from ringspan.cluster.session import ContextHandle, Prefix, Sessions, longest_prefix
 from ringspan.cluster.stored import Description, manifest_of, store_bytes
-from ringspan.errors import BadInput, RingspanError, StoreError, UnknownName
+from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError, UnknownName
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
 from ringspan.kvstore.manifest import Manifest
@@ -48,7 +56,9 @@ BEGIN_TIMEOUT_S = 120.0
 DISK_TIMEOUT_S = 3600.0
 """For ranks to write or read their pages."""
 TOKEN_TIMEOUT_S = 600.0
-"""For one token; the first one takes the whole question through the model."""
+"""For one token; the first one takes the whole question through the model ..."""
+TOKENS_A_TIMEOUT = 65_536
+"""... and has the time once more for each so many tokens of it."""
 TIDY_TIMEOUT_S = 30.0
 CHUNKS_AHEAD = 2
 """Chunks submitted at once: the next one waits at the ranks when one is done."""
@@ -61,6 +71,8 @@ class Controller:
         self._gang, self._store = gang, store
         self._contexts: dict[str, ContextHandle] = {}
         self._sessions = Sessions()
+        self._schemes: dict[tuple[int, int, str], str] = {}
+        """Chosen so far, by new tokens, cached tokens and codec."""
 
     @property
     def facts(self) -> ModelFacts:
@@ -80,13 +92,7 @@ class Controller:
         plan = plan_prefill(
             self.facts, gang.ready, len(token_ids), gang.world_size, options or PrefillOptions()
         )
-        keys = page_keys(
-            self.facts.fingerprint,
-            PUBLIC_NAMESPACE,
-            token_ids,
-            plan.page_tokens,
-        )
-        return msgspec.structs.replace(plan, context_id=context_id(keys))
+        return msgspec.structs.replace(plan, context_id=context_id(self._keys(plan, token_ids)))
 
     def prefill(
         self,
@@ -97,10 +103,13 @@ class Controller:
         on_event: OnEvent = ignore_event,
         cancelled: IsCancelled = never,
         again: bool = False,
+        reuse: bool = True,
     ) -> PrefillDone:
         """Take the tokens (int32 [n]) through the model and keep their KV, on the gang and, if
         there is a store, in it. A context that the store has with this codec is not computed again
-        unless `again`.
+        unless `again`. Where the gang or the store has a context that begins with the same pages,
+        only what is new is computed, unless `again` or not `reuse`; the plan that comes back says
+        how much.
 
         Raises before any work what can be known before (see `plan`; StoreError for want of room);
         RankLost naming rank and chunk; Cancelled. Whatever it raises, nothing half-written stays.
@@ -121,7 +130,10 @@ class Controller:
         if self._store is not None:
             self._store.check_room(store_bytes(plan, kv_bytes(plan, self.facts)))
         try:
-            return self._prefill(plan, token_ids, description, on_event, cancelled, began)
+            prefix = None
+            if reuse and not again:
+                prefix = self._prefix(plan, options or PrefillOptions(), token_ids)
+            return self._prefill(plan, prefix, token_ids, description, on_event, cancelled, began)
         except Exception:
             self._forget_quietly(plan.context_id)
             raise
@@ -129,6 +141,7 @@ class Controller:
     def _prefill(
         self,
         plan: PrefillPlan,
+        prefix: Prefix | None,
         token_ids: np.ndarray,
         description: Description,
         on_event: OnEvent,
@@ -138,13 +151,7 @@ class Controller:
         name = plan.context_id
         self._sessions.end_all_on(name)
         self._contexts.pop(name, None)
-        self._gang.call(
-            "begin_prefill",
-            plan,
-            token_ids,
-            timeout_s=BEGIN_TIMEOUT_S,
-            what=f"beginning context {name}",
-        )
+        plan = self._begin(plan, prefix, token_ids)
         planned = time.perf_counter()
         run = PrefillRun(plan, Pace(plan, self.facts), planned)
         self._run_chunks(run, on_event, cancelled)
@@ -156,6 +163,7 @@ class Controller:
             num_tokens=plan.num_tokens,
             codec=plan.codec,
             kv_bytes=run.kv_bytes,
+            keys=tuple(self._keys(plan, token_ids)),
         )
         return PrefillDone(
             context_id=name,
@@ -164,6 +172,11 @@ class Controller:
             kv_bytes=run.kv_bytes,
             sent_bytes=run.sent_bytes,
             exchange_s=run.exchange_s,
+            exposed_s=run.exposed_s,
+            seen_keys=run.seen_keys,
+            audited_rows=run.audited_rows,
+            audit_error=run.audit_error,
+            work_bytes=run.work_bytes,
             flops=run.pace.total_flops,
             timings=PrefillTimings(
                 plan_s=planned - began,
@@ -172,6 +185,32 @@ class Controller:
                 chunk_s=run.chunk_s,
             ),
         )
+
+    def _begin(
+        self, plan: PrefillPlan, prefix: Prefix | None, token_ids: np.ndarray
+    ) -> PrefillPlan:
+        """Memory on the ranks, with the prefix's pages in it; the plan for what is left to
+        compute. Pages that cannot be read, or are not what they should be, are computed too."""
+        if prefix is None:
+            self._begin_with(plan, "begin_prefill", token_ids)
+            return plan
+        try:
+            if prefix.manifest is None or self._store is None:
+                self._begin_with(prefix.plan, "begin_prefill_on_held", token_ids)
+            else:
+                stored = (prefix.manifest, str(self._store.root))
+                self._begin_with(prefix.plan, "begin_prefill_on_stored", token_ids, *stored)
+        except (CorruptPage, StoreError) as error:
+            plan = msgspec.structs.replace(plan, not_reused=str(error))
+            return self._begin(plan, None, token_ids)
+        return prefix.plan
+
+    def _begin_with(self, plan: PrefillPlan, method: str, *args: object) -> None:
+        what = f"beginning context {plan.context_id}"
+        if plan.prefix_id:
+            what += f" on {plan.reused_tokens} tokens of context {plan.prefix_id}"
+        timeout_s = DISK_TIMEOUT_S if method == "begin_prefill_on_stored" else BEGIN_TIMEOUT_S
+        self._gang.call(method, plan, *args, timeout_s=timeout_s, what=what)
 
     def _run_chunks(self, run: PrefillRun, on_event: OnEvent, cancelled: IsCancelled) -> None:
         """Chunk after chunk, the next one always submitted before the last one is waited for."""
@@ -251,6 +290,7 @@ class Controller:
             codec=manifest.codec,
             kv_bytes=sum(shard.kv_bytes for shard in opened),
             open_s=time.perf_counter() - began,
+            keys=manifest.keys,
         )
         self._contexts[handle.context_id] = handle
         return handle
@@ -298,12 +338,18 @@ class Controller:
             top_p=top_p,
             seed=secrets.randbits(31) if seed is None else seed,
             stop_ids=stop_ids,
+            scheme=(
+                self._scheme_onto(len(token_ids), handle.num_tokens, handle.codec)
+                if len(token_ids) >= LONG_TURN_TOKENS
+                else "auto"
+            ),
         )
         return self._answer(request, cancelled)
 
     def _answer(self, request: AnswerRequest, cancelled: IsCancelled) -> Iterator[TokenChunk]:
         what = f"answer of session {request.session_id} on context {request.context_id}"
-        tokens = self._gang.stream("generate", request, timeout_s=TOKEN_TIMEOUT_S, what=what)
+        timeout_s = TOKEN_TIMEOUT_S * (1 + len(request.token_ids) // TOKENS_A_TIMEOUT)
+        tokens = self._gang.stream("generate", request, timeout_s=timeout_s, what=what)
         try:
             for token in tokens:
                 yield token
@@ -329,6 +375,38 @@ class Controller:
         self._gang.close()
 
     # helpers
+
+    def _prefix(
+        self, plan: PrefillPlan, asked: PrefillOptions, token_ids: np.ndarray
+    ) -> Prefix | None:
+        """What need not be computed, and the plan for the rest."""
+        stored = self._store.contexts()[0] if self._store is not None else ()
+        keys = self._keys(plan, token_ids)
+        prefix = longest_prefix(plan, keys, self.facts, self._contexts.values(), stored)
+        if prefix is None:
+            return None
+        onto = prefix.plan
+        if asked.scheme == "auto":
+            scheme = self._scheme_onto(onto.chunks[0].tokens, onto.reused_tokens, plan.codec)
+            onto = msgspec.structs.replace(onto, scheme=scheme)
+        return prefix._replace(plan=with_prediction(onto, self.facts, self._gang.ready))
+
+    def _scheme_onto(self, new_tokens: int, cached_tokens: int, codec_name: str) -> str:
+        """For a step of new tokens behind cached ones: a long question, or what is new behind a
+        prefix. By the measured speeds, else by rule."""
+        facts, world_size = self.facts, self._gang.world_size
+        if (known := known_speeds(self._gang.ready)) is None:
+            return turn_scheme(new_tokens, facts.num_q_heads, facts.num_kv_heads, world_size)
+        # Predicting takes as long as a question may: once for all lengths up to a power of two.
+        new, cached = 1 << (new_tokens - 1).bit_length(), 1 << (cached_tokens - 1).bit_length()
+        at = (new, cached, codec_name)
+        if at not in self._schemes:
+            best, *_ = choose_scheme(facts, *known, new, cached, world_size, codec_name)
+            self._schemes[at] = best[0]
+        return self._schemes[at]
+
+    def _keys(self, plan: PrefillPlan, token_ids: np.ndarray) -> list[str]:
+        return page_keys(self.facts.fingerprint, PUBLIC_NAMESPACE, token_ids, plan.page_tokens)
 
     def _held(self, name: str) -> ContextHandle:
         try:

@@ -19,6 +19,10 @@ class PrefillProgress(Message, frozen=True, kw_only=True):
     tokens_done: int
     num_tokens: int
     elapsed_s: float
+    chunk_s: float = 0.0
+    """Of this chunk, the slowest rank's."""
+    predicted_chunk_s: float = 0.0
+    """What the plan said of it; 0 if it was not predicted."""
     tokens_per_s: float
     """Since the first chunk began."""
     left_s: float
@@ -53,6 +57,16 @@ class PrefillDone(Message, frozen=True, kw_only=True):
     """Encoded, over all ranks."""
     sent_bytes: int = 0
     exchange_s: float = 0.0
+    exposed_s: tuple[float, ...] = ()
+    """How long computing stood still for exchanges, by step of the scheme, over all chunks and
+    layers: of the rank that waited longest. From device timestamps on a GPU."""
+    seen_keys: int = 0
+    """(query, key) pairs, counted over heads and layers as they were computed, and found right."""
+    audited_rows: int = 0
+    audit_error: float = 0.0
+    """The worst of the audits: ||out - exact|| / ||exact||, exact in fp32."""
+    work_bytes: int = 0
+    """Memory above weights and KV at its fullest, of the rank that took most."""
     """Waited for peers, summed over ranks (CPU ranks only)."""
     flops: float = 0.0
     timings: PrefillTimings = PrefillTimings()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from ringspan.attention.cost import Link, Speeds
 from ringspan.specs import ModelFacts as ModelFacts
 from ringspan.specs import ModelSpec as ModelSpec
 from ringspan.types import Span
@@ -23,7 +24,8 @@ class GangSpec(Message, frozen=True, kw_only=True):
     world_size: int
     model: ModelSpec
     transport: str = "auto"
-    """`auto`, `nccl`, `gloo` or `loopback` (all ranks in one process on one device)."""
+    """`auto`, `nccl`, `copy-engine` (`nccl`, but between GPUs of one host copies that take no SM),
+    `gloo` or `loopback` (all ranks in one process on one device)."""
     device: str = "auto"
     """`auto`, `cpu` or `cuda`."""
     backend: str = "auto"
@@ -32,6 +34,8 @@ class GangSpec(Message, frozen=True, kw_only=True):
     """CPU threads of one rank; 0 lets the machine's cores be dealt evenly."""
     timeout_s: float = 60.0
     """How long a rank waits for a peer in one exchange before it names it and gives up."""
+    measure: bool | None = None
+    """Whether speeds that are not in the cache are measured at the start; None: on GPUs."""
 
 
 class RankReady(Message, frozen=True, kw_only=True):
@@ -49,6 +53,12 @@ class RankReady(Message, frozen=True, kw_only=True):
     free_bytes: int
     """Of the device, for KV and activations, after the weights."""
     elapsed_s: float
+    speeds: Speeds | None = None
+    """Of the device, if they are known; the planner's rules do without."""
+    link: Link | None = None
+    """To the other ranks; None with `speeds`, and for a gang of one rank."""
+    tile_rows: int = 0
+    """Rows that go through an MLP at once; 0: all of a chunk."""
 
 
 class PrefillPlan(Message, frozen=True, kw_only=True):
@@ -66,10 +76,20 @@ class PrefillPlan(Message, frozen=True, kw_only=True):
     """One merge order and one backend by rule, so that a run repeats bit for bit."""
     audit_rows: int = 4
     """Rows of each rank that are computed again in fp32, at one layer of every chunk; 0: none."""
+    predicted_s: float = 0.0
+    """Of all chunks; 0 where nothing was measured to predict from."""
+    predicted_chunk_s: tuple[float, ...] = ()
+    prefix_id: str = ""
+    """The context whose first pages are taken over instead of being computed; empty: none."""
+    reused_tokens: int = 0
+    """So many of its tokens; whole pages."""
+    not_reused: str = ""
+    """Why a prefix that was found was computed all the same: its pages could not be used."""
 
     @property
     def chunks(self) -> tuple[Span, ...]:
-        starts = range(0, self.num_tokens, self.chunk_tokens)
+        """Of the tokens that are computed."""
+        starts = range(self.reused_tokens, self.num_tokens, self.chunk_tokens)
         return tuple(Span(s, min(s + self.chunk_tokens, self.num_tokens)) for s in starts)
 
 
@@ -94,6 +114,8 @@ class ChunkDone(Message, frozen=True, kw_only=True):
     audited_rows: int = 0
     audit_error: float = 0.0
     """||out - exact|| / ||exact|| over the audited rows, exact in fp32 over all shards."""
+    work_bytes: int = 0
+    """The device's memory at its fullest, without weights and KV; 0 where that is not known."""
     sent_bytes: int
     kv_bytes: int
     """Encoded KV bytes that this rank now holds for the context."""
@@ -146,6 +168,12 @@ class AnswerRequest(Message, frozen=True, kw_only=True):
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    scheme: str = "auto"
+    """Of a long question's partial prefill; `auto`: by `attention.tail.turn_scheme`."""
+    chunk_tokens: int = 0
+    """New tokens of one step of it, over all ranks; 0: `attention.tail.STEP_TOKENS` a rank."""
+    audit_rows: int = 4
+    """Rows of each rank that are computed again in fp32, at one layer of every step; 0: none."""
 
 
 class TokenChunk(Message, frozen=True, kw_only=True):
@@ -156,3 +184,22 @@ class TokenChunk(Message, frozen=True, kw_only=True):
     token_id: int
     finish_reason: str | None = None
     """`stop` (a stop id; it is `token_id`), `length` (max_tokens reached)."""
+    long_turn: LongTurn | None = None
+    """On the first token, if the question was dealt to the ranks."""
+
+
+class LongTurn(Message, frozen=True, kw_only=True):
+    """In a TokenChunk: how a long question was taken through the model, and what was proved."""
+
+    reason: str
+    num_tokens: int
+    num_chunks: int
+    scheme: str
+    seen_keys: int
+    """Keys that all rows saw, counted over heads and layers and found to be what the mask says."""
+    audited_rows: int
+    """Of all ranks."""
+    audit_error: float
+    """The worst ||out - exact|| / ||exact|| of the audited layers and ranks."""
+    elapsed_s: float
+    """On rank 0, until the logits were there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from ringspan.cluster.events import PrefillProgress
 from ringspan.cluster.messages import ChunkDone, PrefillPlan
@@ -21,6 +22,12 @@ class PrefillRun:
     kv_bytes: int = 0
     sent_bytes: int = 0
     exchange_s: float = 0.0
+    exposed_s: tuple[float, ...] = ()
+    """By step of the scheme, over all chunks and layers, of the rank that stood still longest."""
+    seen_keys: int = 0
+    audited_rows: int = 0
+    audit_error: float = 0.0
+    work_bytes: int = 0
     chunk_s: tuple[float, ...] = ()
 
     def add(self, done: list[ChunkDone]) -> PrefillProgress:
@@ -31,6 +38,12 @@ class PrefillRun:
         self.kv_bytes = sum(rank.kv_bytes for rank in done)
         self.sent_bytes += sum(rank.sent_bytes for rank in done)
         self.exchange_s += sum(rank.exchange_s for rank in done)
+        worst = [max(steps) for steps in zip_longest(*(r.exposed_s for r in done), fillvalue=0.0)]
+        self.exposed_s = tuple(map(sum, zip_longest(self.exposed_s, worst, fillvalue=0.0)))
+        self.seen_keys += sum(rank.seen_keys for rank in done)
+        self.audited_rows += sum(rank.audited_rows for rank in done)
+        self.audit_error = max(self.audit_error, *(rank.audit_error for rank in done))
+        self.work_bytes = max(self.work_bytes, *(rank.work_bytes for rank in done))
         span = done[0].span
         elapsed_s = time.perf_counter() - self.began
         return PrefillProgress(
@@ -41,7 +54,11 @@ class PrefillRun:
             tokens_done=span.stop,
             num_tokens=self.plan.num_tokens,
             elapsed_s=elapsed_s,
-            tokens_per_s=span.stop / max(elapsed_s, 1e-9),
+            chunk_s=slowest_s,
+            predicted_chunk_s=dict(enumerate(self.plan.predicted_chunk_s)).get(
+                done[0].chunk_index, 0.0
+            ),
+            tokens_per_s=(span.stop - self.plan.reused_tokens) / max(elapsed_s, 1e-9),
             left_s=self.pace.left_s(),
             kv_bytes=self.kv_bytes,
             sent_bytes=self.sent_bytes,

@@ -1,25 +1,32 @@
-"""The contexts on a rank: prefilled chunk by chunk, saved, opened, dropped."""
+"""The contexts on a rank: prefilled chunk by chunk, saved, opened, dropped.
+
+A prefill may begin on pages that are there already, of a context held or stored whose first tokens
+are the same: they stay on the ranks that have them, and only what is new is computed and dealt.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
 from ringspan.attention.audit import Audit
 from ringspan.attention.engine import HeldKeys, PrefillStep, Proof
+from ringspan.attention.group import synchronize
 from ringspan.attention.layout import Deal, deal, positions
 from ringspan.cluster.device import on_device
 from ringspan.cluster.messages import ChunkDone, PrefillPlan, ShardOpened, ShardSaved
 from ringspan.cluster.runtime import Runtime
-from ringspan.errors import BadInput, TooLarge
+from ringspan.errors import BadInput, CorruptPage, TooLarge
+from ringspan.kvstore.batches import batches
 from ringspan.kvstore.codecs.registry import codec
 from ringspan.kvstore.folder import segment_path
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, namespace_digest, page_keys
 from ringspan.kvstore.manifest import Manifest, assign_pages
-from ringspan.kvstore.page import EXACT, Origin
+from ringspan.kvstore.page import EXACT, Origin, differences
 from ringspan.kvstore.shard import ContextShard
 from ringspan.kvstore.transfer import load_shard, save_shard
 from ringspan.types import Span, coalesce, total_tokens
@@ -31,17 +38,19 @@ class HeldContext:
 
     shard: ContextShard
     num_tokens: int
+    held: Deal
+    """What every rank holds of it."""
+    origin: Origin
     prefill: Prefill | None = None
     """None when it was opened from a store."""
 
 
 @dataclass
 class Prefill:
-    """How far a prefill is, and what every rank holds of it."""
+    """How far a prefill is."""
 
     plan: PrefillPlan
     token_ids: np.ndarray
-    cached: Deal
     chunks_done: int = 0
 
 
@@ -68,26 +77,79 @@ class Contexts:
 
     def begin(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
         """Memory for this rank's whole shard of the context."""
+        nothing: Deal = ((),) * self._runtime.spec.world_size
+        self._begin(plan, token_ids, nothing, EXACT)
+
+    def begin_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+        """`begin` with the pages of a context held here: copied within the rank, the copy's sums
+        compared."""
+        source = self[plan.prefix_id]
+        prefix = tuple(_before(spans, plan.reused_tokens) for spans in source.held)
+        held = self._begin(plan, token_ids, prefix, source.origin.provenance)
+        try:
+            with on_device(self._runtime.device):
+                copy_pages(source.shard, held.shard, prefix[self._rank])
+        except BaseException:
+            self.drop(plan.context_id)
+            raise
+
+    def begin_on_stored(
+        self, plan: PrefillPlan, token_ids: np.ndarray, manifest: Manifest, root: str
+    ) -> None:
+        """`begin` with pages of a stored context: read and verified as `open` does."""
+        pages = manifest.pages[: plan.reused_tokens // plan.page_tokens]
+        assigned = assign_pages(
+            msgspec.structs.replace(manifest, pages=pages), self._runtime.spec.world_size
+        )
+        prefix = tuple(coalesce(record.span for record in records) for records in assigned)
+        held = self._begin(plan, token_ids, prefix, manifest.origin.provenance)
+        try:
+            with on_device(self._runtime.device):
+                load_shard(root, manifest, assigned[self._rank], held.shard)
+        except BaseException:
+            self.drop(plan.context_id)
+            raise
+
+    def _begin(
+        self,
+        plan: PrefillPlan,
+        token_ids: np.ndarray,
+        prefix: Deal,
+        provenance: tuple[str, ...],
+    ) -> HeldContext:
+        """prefix: what each rank will hold before the first chunk; provenance: of its KV."""
         if len(token_ids) != plan.num_tokens:
             raise BadInput(f"the plan is for {plan.num_tokens} tokens, {len(token_ids)} came")
+        if (found := sum(map(total_tokens, prefix))) != plan.reused_tokens:
+            raise BadInput(f"the plan takes over {plan.reused_tokens} tokens, {found} are there")
         self.drop(plan.context_id)
-        mine = sum(total_tokens(self._dealt(plan, chunk)[self._rank]) for chunk in plan.chunks)
+        mine = total_tokens(prefix[self._rank]) + sum(
+            total_tokens(self._dealt(plan, chunk)[self._rank]) for chunk in plan.chunks
+        )
         shard = self._runtime.new_shard(
             _pool_name(plan.context_id), plan.codec, mine, plan.page_tokens
         )
-        cached: Deal = ((),) * self._runtime.spec.world_size
-        self._held[plan.context_id] = HeldContext(
-            shard, plan.num_tokens, Prefill(plan, token_ids, cached)
+        held = HeldContext(
+            shard,
+            plan.num_tokens,
+            prefix,
+            self._origin(plan, provenance),
+            Prefill(plan, token_ids),
         )
+        self._held[plan.context_id] = held
+        if self._runtime.device.type == "cuda" and not shard.codec.exact:
+            self._runtime.compile_codec(plan.codec, plan.page_tokens)
+        return held
 
     def run_chunk(self, context_id: str, chunk_index: int) -> ChunkDone:
         began = time.perf_counter()
         transport, device = self._runtime.transport, self._runtime.device
         waited, sent = transport.exchange_s, transport.sent_bytes
         transport.exposure.collect()
-        _, proof = self._forward_chunk(context_id, chunk_index, logits=False)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        _, proof = self._forward_chunk(context_id, chunk_index, logits=False)
+        synchronize(transport, device)
         held, prefill = self._prefilling(context_id)
         span = prefill.plan.chunks[chunk_index]
         return ChunkDone(
@@ -102,6 +164,7 @@ class Contexts:
             seen_keys=proof.seen or 0,
             audited_rows=proof.audit.rows if proof.audit else 0,
             audit_error=proof.audit.relative_error if proof.audit else 0.0,
+            work_bytes=self._runtime.work_bytes(),
             sent_bytes=transport.sent_bytes - sent,
             kv_bytes=held.shard.kv_bytes,
         )
@@ -134,7 +197,7 @@ class Contexts:
             plan.scheme,
             held.shard,
             dealt,
-            (HeldKeys(held.shard, prefill.cached),),
+            (HeldKeys(held.shard, held.held),),
             deterministic=plan.deterministic,
             audit=self._audit(plan, chunk_index),
         )
@@ -143,6 +206,7 @@ class Contexts:
         ids = torch.from_numpy(prefill.token_ids[where.numpy()].astype(np.int64))
         try:
             out = runtime.forward(ids, where, step, logits=logits, last_only=False)
+            synchronize(runtime.transport, runtime.device)  # a lost peer is named before the counts
             proof = step.prove(runtime.device)
         except torch.OutOfMemoryError as error:
             held.shard.cancel()
@@ -154,9 +218,8 @@ class Contexts:
         except BaseException:
             held.shard.cancel()
             raise
-        prefill.cached = tuple(
-            coalesce((*held_spans, *new))
-            for held_spans, new in zip(prefill.cached, dealt, strict=True)
+        held.held = tuple(
+            coalesce((*before, *new)) for before, new in zip(held.held, dealt, strict=True)
         )
         prefill.chunks_done += 1
         return out, proof
@@ -182,9 +245,7 @@ class Contexts:
             self._runtime.facts.fingerprint, PUBLIC_NAMESPACE, prefill.token_ids, plan.page_tokens
         )
         with on_device(self._runtime.device):
-            records = save_shard(
-                held.shard, self._origin(plan), keys, segment_path(staging, self._rank)
-            )
+            records = save_shard(held.shard, held.origin, keys, segment_path(staging, self._rank))
         return ShardSaved(
             context_id=context_id,
             rank=self._rank,
@@ -196,7 +257,8 @@ class Contexts:
         """Reads this rank's share of a stored context; every page is verified before use."""
         began = time.perf_counter()
         self.drop(manifest.context_id)
-        records = assign_pages(manifest, self._runtime.spec.world_size)[self._rank]
+        assigned = assign_pages(manifest, self._runtime.spec.world_size)
+        records = assigned[self._rank]
         name = _pool_name(manifest.context_id)
         tokens = sum(record.span.tokens for record in records)
         shard = self._runtime.new_shard(name, manifest.codec, tokens, manifest.page_tokens)
@@ -207,7 +269,10 @@ class Contexts:
             del shard
             self._runtime.pool.free(name)
             raise
-        self._held[manifest.context_id] = HeldContext(shard, manifest.num_tokens)
+        held = tuple(coalesce(record.span for record in records) for records in assigned)
+        self._held[manifest.context_id] = HeldContext(
+            shard, manifest.num_tokens, held, manifest.origin
+        )
         return ShardOpened(
             context_id=manifest.context_id,
             rank=self._rank,
@@ -229,15 +294,50 @@ class Contexts:
     def _dealt(self, plan: PrefillPlan, chunk: Span) -> Deal:
         return deal(plan.layout, chunk, self._runtime.spec.world_size, plan.page_tokens)
 
-    def _origin(self, plan: PrefillPlan) -> Origin:
-        """With a lossy codec every chunk but the first was computed over decoded pages."""
-        exact = codec(plan.codec).exact or len(plan.chunks) == 1
+    def _origin(self, plan: PrefillPlan, prefix: tuple[str, ...]) -> Origin:
+        """With a lossy codec every chunk but the first was computed over decoded pages; what the
+        prefix's KV was computed with, the rest was too."""
+        approximations = [name for name in prefix if name not in EXACT]
+        if not codec(plan.codec).exact and (plan.reused_tokens or len(plan.chunks) > 1):
+            approximations.append(f"attended over {plan.codec} pages")
         return Origin(
             fingerprint=self._runtime.facts.fingerprint,
             namespace=namespace_digest(PUBLIC_NAMESPACE),
             rope=f"applied, scaling {self._runtime.spec.model.rope_scaling or 'none'}",
-            provenance=EXACT if exact else (f"attended over {plan.codec} pages",),
+            provenance=tuple(dict.fromkeys(approximations)) or EXACT,
         )
+
+
+def copy_pages(source: ContextShard, shard: ContextShard, spans: tuple[Span, ...]) -> None:
+    """The source's first pages, which are `spans`, into the empty `shard` of the same form.
+
+    Raises BadInput where the forms differ, CorruptPage where the copy's sums do; the shard is then
+    as before.
+    """
+    if source.form != shard.form:
+        raise BadInput(f"these pages do not fit the shard: {differences(shard.form, source.form)}")
+    shard.reserve(spans)
+    lengths = [page.tokens for page, _ in shard.pages()]
+    load = batches(lengths, shard.token_bytes, 0)
+    size = max((batch.pages * batch.tokens for batch in load), default=0) * shard.token_bytes
+    room = torch.empty(size, dtype=torch.uint8, device=shard.device)
+    try:
+        for batch in load:
+            page_bytes = batch.tokens * shard.token_bytes
+            payloads = room[: batch.pages * page_bytes].view(batch.pages, page_bytes)
+            source.gather(batch.row, batch.tokens, payloads)
+            shard.fill(batch.row, batch.tokens, payloads)
+        if shard.reserved_plane_sums() != source.all_plane_sums()[: len(lengths)]:
+            raise CorruptPage(f"the copy of pages {spans} differs from what was copied")
+    except BaseException:
+        shard.cancel()
+        raise
+    shard.mark_filled()
+
+
+def _before(spans: tuple[Span, ...], stop: int) -> tuple[Span, ...]:
+    """What of `spans` lies before position `stop`."""
+    return coalesce(Span(span.start, min(span.stop, stop)) for span in spans if span.start < stop)
 
 
 def _pool_name(context_id: str) -> str:

@@ -25,7 +25,7 @@ from ringspan.cluster.messages import (
     TokenChunk,
 )
 from ringspan.cluster.prefills import Contexts
-from ringspan.cluster.runtime import Rendezvous, Runtime
+from ringspan.cluster.runtime import TILE_ROWS, Rendezvous, Runtime
 from ringspan.kvstore.manifest import Manifest
 from ringspan.types import Span, page_tokens_for
 
@@ -46,11 +46,19 @@ class Rank:
         ready = self._runtime.start(rendezvous)
         if self._runtime.device.type == "cuda":
             self._warm_up(page_tokens_for(ready.facts.head_dim))
-        return msgspec.structs.replace(ready, elapsed_s=time.perf_counter() - began)
+        speeds, link = self._runtime.measure_speeds()
+        return msgspec.structs.replace(
+            ready,
+            speeds=speeds,
+            link=link,
+            tile_rows=TILE_ROWS,
+            elapsed_s=time.perf_counter() - began,
+        )
 
     def _warm_up(self, page_tokens: int) -> None:
         """A few pages through the real path: kernels are compiled and connections made before the
         first chunk (FlashAttention 4 alone takes 6 s)."""
+        self._runtime.compile_attention()
         num_tokens = 8 * page_tokens * self._runtime.spec.world_size
         plan = PrefillPlan(
             context_id="warm-up",
@@ -76,6 +84,19 @@ class Rank:
         """Takes memory for the context. token_ids: int32 [n], all of it. Repeating starts over."""
         self.drop(plan.context_id)
         self.contexts.begin(plan, token_ids)
+
+    def begin_prefill_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+        """`begin_prefill` with the first pages of the context `plan.prefix_id`, which this gang
+        holds and keeps."""
+        self.drop(plan.context_id)
+        self.contexts.begin_on_held(plan, token_ids)
+
+    def begin_prefill_on_stored(
+        self, plan: PrefillPlan, token_ids: np.ndarray, manifest: Manifest, root: str
+    ) -> None:
+        """`begin_prefill` with the first pages of a stored context, verified."""
+        self.drop(plan.context_id)
+        self.contexts.begin_on_stored(plan, token_ids, manifest, root)
 
     def prefill_chunk(self, context_id: str, chunk_index: int) -> ChunkDone:
         """For each chunk, in order, once."""

@@ -9,19 +9,24 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import torch
 
 from ringspan.attention.buffers import Buffers, Shape
 from ringspan.attention.compute import Compute
-from ringspan.attention.engine import Step
-from ringspan.attention.group import join_group
+from ringspan.attention.cost import Link, Speeds, link_from
+from ringspan.attention.engine import Rules, Step
+from ringspan.attention.group import GroupTransport, join_group
 from ringspan.attention.hook import bind
-from ringspan.attention.loopback import LoopbackWorld
+from ringspan.attention.loopback import LoopbackTransport, LoopbackWorld
+from ringspan.attention.mask import Piece
 from ringspan.attention.models.load import load_model
 from ringspan.attention.models.tiling import tile_model
+from ringspan.attention.symmetric import COPY_ENGINE, with_copy_engine
 from ringspan.attention.transport import Message, Transport
 from ringspan.cluster.device import device_named, on_device, product_name
 from ringspan.cluster.messages import GangSpec, ModelFacts, RankReady
+from ringspan.cluster.speeds import speeds_of
 from ringspan.kvstore.codecs.registry import codec
 from ringspan.kvstore.pool import RESERVE_BYTES, Pool, free_bytes
 from ringspan.kvstore.shard import ContextShard
@@ -34,9 +39,20 @@ TILE_ROWS = 8192
 wide intermediate tensors stay small (0.4 GiB at 14,336 columns in bf16)."""
 START_TIMEOUT_S = 300.0
 """For all ranks to load their weights and meet."""
-GPU_EXCHANGE_TIMEOUT_S = 1800.0
-"""NCCL counts an exchange's time from when the host enqueued it, which can be a whole chunk ahead
-of the GPU; a dead rank is noticed by the controller long before."""
+
+
+LINK_BYTES = {"cuda": (2**20, 2**26), "cpu": (2**16, 2**22)}
+"""Of the two exchanges that a link is measured by."""
+LINK_REPEATS, CALL_REPEATS = 5, 20
+
+
+class _NoAttention(Step):
+    """For measuring the rest of the model."""
+
+    def attend(
+        self, rules: Rules, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        return q.contiguous()
 
 
 class Runtime:
@@ -53,7 +69,7 @@ class Runtime:
         self.rank, self.spec = rank, spec
         self.device = device_named(spec.device)
         self.buffers = Buffers(self.device)
-        self.compute = Compute(spec.backend)
+        self.compute = Compute(spec.backend, alternate=spec.world_size > 1)
         self._model: Any = None
 
     def host_store(self) -> tuple[str, int]:
@@ -74,7 +90,8 @@ class Runtime:
             self.transport = self._join(rendezvous)
             self._model, self.facts = loaded.model, loaded.facts
             self.dtype = getattr(torch, loaded.facts.dtype)
-            loopback = isinstance(rendezvous, LoopbackWorld)
+            self._weights_bytes = loaded.weights_bytes
+            self._shared = loopback = isinstance(rendezvous, LoopbackWorld)
             sharers = spec.world_size if loopback or self.device.type == "cpu" else 1
             free = free_bytes(self.device)
             reserve = RESERVE_BYTES[self.device.type]
@@ -85,12 +102,51 @@ class Runtime:
             device_name=product_name(self.device),
             host=socket.gethostname(),
             pid=os.getpid(),
-            transport="loopback" if loopback else self._backend(),
+            transport="loopback" if loopback else self._transport_name(),
             facts=loaded.facts,
             weights_bytes=loaded.weights_bytes,
             free_bytes=free // sharers,
             elapsed_s=time.perf_counter() - began,
         )
+
+    def compile_attention(self) -> None:
+        """Every kernel that chunks will call for, with and without a diagonal, once: FlashAttention
+        4 takes seconds to compile one, and not all of them show in a short context."""
+        facts, rows, keys = self.facts, 1024, 2048
+        with on_device(self.device):
+            q = torch.zeros(
+                (rows, facts.num_q_heads, facts.head_dim), dtype=self.dtype, device=self.device
+            )
+            k = q.new_zeros((keys, facts.num_kv_heads, facts.head_dim))
+            for window in {None, *facts.windows}:
+                rules = Rules(0, facts.head_dim**-0.5, window)
+                for causal in (False, True):
+                    piece = Piece(0, rows, 0, keys, causal, keys - rows if causal else 0, window)
+                    if causal or window is None:
+                        part = self.compute.attend(q, k, k, piece, rules)
+            self.compute.merge([part, part], torch.empty_like(q))
+            self.compute.join()
+
+    def compile_codec(self, codec_name: str, page_tokens: int) -> None:
+        """What encodes and decodes pages, once."""
+        chosen = codec(codec_name)
+        with on_device(self.device):
+            k = torch.zeros(
+                (page_tokens, self.facts.num_kv_heads, self.facts.head_dim),
+                dtype=self.dtype, device=self.device,
+            )  # fmt: skip
+            specs = chosen.specs(self.facts.num_kv_heads, self.facts.head_dim, self.dtype)
+            into = tuple(k.new_empty((page_tokens, *s.shape), dtype=s.dtype) for s in specs)
+            chosen.encode(k, k, into)
+            chosen.decode(into, torch.empty_like(k), torch.empty_like(k))
+
+    def work_bytes(self) -> int:
+        """The device's memory at its fullest since the last reset, without weights and KV; 0 on a
+        CPU, and where loopback ranks share it."""
+        if self.device.type != "cuda" or (self._shared and self.spec.world_size > 1):
+            return 0
+        peak = torch.cuda.max_memory_allocated(self.device)
+        return max(0, peak - self._weights_bytes - self.pool.in_use_bytes)
 
     def forward(
         self, ids: torch.Tensor, where: torch.Tensor, step: Step, *, logits: bool, last_only: bool
@@ -146,6 +202,64 @@ class Runtime:
                 taken.append(time.perf_counter() - began)
         return statistics.median(taken[1:])
 
+    def measure_speeds(self) -> tuple[Speeds | None, Link | None]:
+        """Of this rank's device and of its link, for the planner; every rank, after the kernels
+        were compiled. Nothing where `spec.measure` says so; loopback ranks measure once."""
+        wanted = self.device.type == "cuda" if self.spec.measure is None else self.spec.measure
+        if not wanted:
+            return None, None
+        shared: dict[str, Any] = {}
+        if isinstance(self.transport, LoopbackTransport):
+            shared = self.transport.world.shared
+        with on_device(self.device):
+            if "speeds" not in shared:
+                shared["speeds"] = speeds_of(
+                    self.device, self.facts, self.spec.backend, self._without_attention
+                )
+            link = self._link() if self.spec.world_size > 1 else None
+        self.buffers.clear()
+        return shared["speeds"], link
+
+    def _without_attention(self, rows: int) -> None:
+        where = torch.arange(rows)
+        ids = torch.zeros(rows, dtype=torch.int64)
+        self.forward(ids, where, _NoAttention(), logits=False, last_only=False)
+
+    def _link(self) -> Link:
+        """Two sizes of exchange, and what starting one costs the host."""
+        small, large = LINK_BYTES[self.device.type]
+        small_s, large_s = (self.measure_link(size, LINK_REPEATS) for size in (small, large))
+        if self._loopback:
+            # Loopback ranks take turns: what one of them saw are the exchanges of all.
+            small_s, large_s = small_s / self.spec.world_size, large_s / self.spec.world_size
+        link = link_from(small, small_s, large, large_s)
+        if self.device.type == "cpu":
+            shared = self._loopback
+            return msgspec.structs.replace(link, shared_device=shared, overlaps=not shared)
+        link = msgspec.structs.replace(link, call_s=self._exchange_call_s(small))
+        if self._loopback:  # a copy follows the last one; the host's time is call_s
+            link = msgspec.structs.replace(link, latency_s=0.0, shared_device=True)
+        return link
+
+    def _exchange_call_s(self, num_bytes: int) -> float:
+        """Host seconds of one exchange, its device work left behind it."""
+        rank, world_size = self.rank, self.spec.world_size
+        out, into = self.buffers.lease("link", [Shape((num_bytes,), torch.uint8)] * 2)
+        torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        for _ in range(CALL_REPEATS):
+            self.transport.start(
+                [Message(half, (rank + 1) % world_size) for half in out.chunk(2)],
+                [Message(half, (rank - 1) % world_size) for half in into.chunk(2)],
+            ).wait()
+        taken = (time.perf_counter() - began) / CALL_REPEATS
+        torch.cuda.synchronize(self.device)
+        return taken / world_size if self._loopback else taken
+
+    @property
+    def _loopback(self) -> bool:
+        return isinstance(self.transport, LoopbackTransport)
+
     def stop(self) -> None:
         if self._model is not None:
             self.transport.close()
@@ -180,10 +294,16 @@ class Runtime:
                 address, port, world_size, is_master=False, timeout=patience
             )
         store.set_timeout(patience)
-        timeout_s = self.spec.timeout_s if self.device.type == "cpu" else GPU_EXCHANGE_TIMEOUT_S
-        return join_group(self._backend(), store, self.rank, world_size, self.device, timeout_s)
+        group = join_group(
+            self._backend(), store, self.rank, world_size, self.device, self.spec.timeout_s
+        )
+        return with_copy_engine(group, store) if self.spec.transport == COPY_ENGINE else group
 
     def _backend(self) -> str:
         if self.spec.transport in ("gloo", "nccl"):
             return self.spec.transport
         return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def _transport_name(self) -> str:
+        joined = self.transport
+        return joined.name if isinstance(joined, GroupTransport) else self._backend()

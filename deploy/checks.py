@@ -12,7 +12,7 @@ from ringspan.errors import BadInput, StoreError, TooLarge, UnknownName
 from ringspan.specs import ModelFacts
 from ringspan.types import page_tokens_for
 
-TRANSPORTS = ("auto", "nccl", "gloo", "loopback")
+TRANSPORTS = ("auto", "nccl", "copy-engine", "gloo", "loopback")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -45,9 +45,9 @@ def _check_this_machine(spec: GangSpec, local: bool) -> None:
     boards = len(gpus())
     if spec.device == "cuda" and not boards:
         raise TooLarge("--device cuda: this machine shows no GPU; leave it out to use the CPU")
-    if spec.transport == "nccl" and (spec.device == "cpu" or not boards):
+    if spec.transport in ("nccl", "copy-engine") and (spec.device == "cpu" or not boards):
         raise TooLarge(
-            f"--transport nccl wants a GPU for each of {spec.world_size} ranks, found"
+            f"--transport {spec.transport} wants a GPU for each of {spec.world_size} ranks, found"
             f" {'--device cpu' if boards else 'none'}; use gloo on CPUs"
         )
     machine = NodeView(node_id="here", num_cpus=usable_cores(), num_gpus=boards)
@@ -95,6 +95,16 @@ def check_size(facts: ModelFacts, num_tokens: int, chunk_tokens: int | None) -> 
         check_chunk_tokens(chunk_tokens, page_tokens_for(facts.head_dim))
 
 
+def check_scheme(scheme: str, facts: ModelFacts, world_size: int) -> None:
+    """The scheme can serve the model's heads on so many ranks."""
+    from ringspan.attention.schemes.table import why_not
+
+    if scheme != "auto":
+        reason = why_not(scheme, facts.num_q_heads, facts.num_kv_heads, world_size)
+        if reason is not None:
+            raise BadInput(reason)
+
+
 def check_backend(backend: str) -> None:
     from ringspan.attention.local import BACKENDS
 
@@ -103,8 +113,8 @@ def check_backend(backend: str) -> None:
 
 def check_plan_names(codec: str, scheme: str, layout: str) -> None:
     """Each may be `auto` where the planner can choose."""
-    from ringspan.attention.schemes.table import SCHEMES
     from ringspan.attention.layout import LAYOUTS
+    from ringspan.attention.schemes.table import SCHEMES
     from ringspan.kvstore.codecs.registry import CODECS
 
     check_name("codec", codec, tuple(CODECS))

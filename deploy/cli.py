@@ -18,6 +18,7 @@ from ringspan.deploy.commands import bench, contexts
 from ringspan.deploy.commands.ask import ask
 from ringspan.deploy.commands.doctor import doctor
 from ringspan.deploy.commands.options import spread_inputs
+from ringspan.deploy.commands.plan import plan
 from ringspan.deploy.commands.prefill import prefill
 from ringspan.errors import RingspanError
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("prefill")(prefill)
+app.command("plan")(plan)
 app.command("ask")(ask)
 app.add_typer(contexts.app, name="contexts")
 app.command("doctor")(doctor)

@@ -34,6 +34,7 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
     """Figures of a prefill; the model's load and the save are phases of their own."""
 
     tokens: int
+    """Computed; a reused prefix is not among them."""
     elapsed_s: float
     tokens_per_s: float
     flops: float
@@ -47,6 +48,23 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
     """Waited for peers, summed over ranks; CPU ranks only."""
     chunk_s: tuple[float, ...]
     """Of each chunk, the slowest rank's."""
+    predicted_s: float = 0.0
+    """What the plan said of `elapsed_s`; 0, and nothing below, where it was not predicted."""
+    predicted_chunk_s: tuple[float, ...] = ()
+    ratio: float | None = None
+    """elapsed_s / predicted_s."""
+    chunk_ratio: tuple[float, ...] = ()
+    """chunk_s / predicted_chunk_s."""
+    exposed_s: tuple[float, ...] = ()
+    """Stood still for exchanges, by step of the scheme, over all chunks and layers: the rank that
+    waited longest. Device time on a GPU."""
+    seen_keys: int = 0
+    """(query, key) pairs over heads and layers, counted as computed, and found right."""
+    audited_rows: int = 0
+    audit_error: float = 0.0
+    """||out - exact|| / ||exact|| of rows recomputed in fp32 over all shards, the worst chunk's."""
+    work_bytes: int = 0
+    """Device memory above weights and KV at its fullest; 0 where it is not known."""
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,18 +121,33 @@ class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 def prefilled(done: PrefillDone, ranks: Sequence[RankReady]) -> Prefilled:
     """The figures of a prefill that was computed (not reused)."""
-    elapsed_s = max(done.timings.prefill_s, 1e-9)
+    elapsed_s, plan = max(done.timings.prefill_s, 1e-9), done.plan
     devices = len({(rank.host, rank.pid, rank.device) for rank in ranks})
+    new_tokens = plan.num_tokens - plan.reused_tokens
     return Prefilled(
-        tokens=done.plan.num_tokens,
+        tokens=new_tokens,
         elapsed_s=elapsed_s,
-        tokens_per_s=done.plan.num_tokens / elapsed_s,
+        tokens_per_s=new_tokens / elapsed_s,
         flops=done.flops,
         tflops_per_device=done.flops / elapsed_s / devices / 1e12,
         kv_bytes=done.kv_bytes,
         sent_bytes=done.sent_bytes,
         exchange_s=done.exchange_s,
+        exposed_s=done.exposed_s,
+        seen_keys=done.seen_keys,
+        audited_rows=done.audited_rows,
+        audit_error=done.audit_error,
+        work_bytes=done.work_bytes,
         chunk_s=done.timings.chunk_s,
+        predicted_s=plan.predicted_s,
+        predicted_chunk_s=plan.predicted_chunk_s,
+        ratio=elapsed_s / plan.predicted_s if plan.predicted_s else None,
+        chunk_ratio=tuple(
+            measured / predicted
+            for measured, predicted in zip(
+                done.timings.chunk_s, plan.predicted_chunk_s, strict=bool(plan.predicted_s)
+            )
+        ),
     )
 
 

@@ -104,7 +104,7 @@ def _row(
     times: list[float] = []
     theirs: list[float] = []
     for repeat in range(repeats + 1):  # the first one warms up, and is checked
-        done = controller.prefill(context, options)
+        done = controller.prefill(context, options, reuse=False)
         if repeat == 0:
             session = controller.begin_session(done.context_id)
             [answer] = controller.ask(session, done.context_id, question, max_tokens=1)

@@ -28,7 +28,9 @@ Ranks = Annotated[
 Transport = Annotated[
     str,
     typer.Option(
-        "--transport", help="auto, nccl, gloo, or loopback (all ranks in one process, one device)."
+        "--transport",
+        help="auto, nccl, copy-engine (NCCL, but copies between GPUs of one host), gloo, or "
+        "loopback (all ranks in one process, one device).",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -49,7 +51,13 @@ RopeScaling = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, or of sampling.")]
 Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8.")]
-Scheme = Annotated[str, typer.Option("--scheme", help="auto, ring, all-gather.")]
+Scheme = Annotated[
+    str,
+    typer.Option(
+        "--scheme",
+        help="auto, ring, ring-direct, all-gather, pass-q, gather-q, ulysses, ulysses-ring.",
+    ),
+]
 Layout = Annotated[str, typer.Option("--layout", help="auto, zigzag, striped, contiguous.")]
 ChunkTokens = Annotated[
     int | None,
@@ -93,6 +101,7 @@ def gang_spec(
     backend: str,
     threads: int,
     timeout_s: float,
+    measure: bool | None = None,
 ) -> GangSpec:
     """The gang that the options ask for; not yet checked."""
     return GangSpec(
@@ -103,6 +112,7 @@ def gang_spec(
         backend=backend,
         threads=threads,
         timeout_s=timeout_s,
+        measure=measure,
     )
 
 

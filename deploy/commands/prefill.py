@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringspan.attention.models.facts import prefill_flops
-from ringspan.cluster.messages import GangSpec, ModelSpec
+from ringspan.cluster.messages import GangSpec, ModelSpec, PrefillPlan
 from ringspan.deploy.checks import (
     check_gang,
     check_model,
     check_plan_names,
+    check_scheme,
     check_size,
     check_store_folder,
 )
@@ -25,7 +26,7 @@ from ringspan.deploy.commands import options
 from ringspan.deploy.gangs import open_gang
 from ringspan.deploy.inputs import gather
 from ringspan.deploy.progress import bytes_words, meter
-from ringspan.deploy.record import RunRecord, prefilled, recording
+from ringspan.deploy.record import Prefilled, RunRecord, prefilled, recording
 from ringspan.deploy.tokenise import Prepared, describe_sources, prepare
 from ringspan.errors import BadInput
 
@@ -50,8 +51,35 @@ LimitTokens = Annotated[
 Again = Annotated[
     bool, typer.Option("--again", help="Prefill even if the store has this context; replaces it.")
 ]
+NoReuse = Annotated[
+    bool,
+    typer.Option(
+        "--no-reuse",
+        help="Compute every token, even those that a context of the store begins with too.",
+    ),
+]
 Plain = Annotated[
     bool, typer.Option("--plain", help="The text as it is, without the model's chat template.")
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic", help="One merge order, so that a run repeats bit for bit; more memory."
+    ),
+]
+AuditRows = Annotated[
+    int,
+    typer.Option(
+        "--audit-rows",
+        help="Rows of each rank computed again in fp32, at one layer of every chunk; 0: none.",
+    ),
+]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Measure speeds at the start (seconds, once a machine) and plan by them; GPUs do.",
+    ),
 ]
 Title = Annotated[str, typer.Option("--title", help="What `contexts list` calls it.")]
 
@@ -75,7 +103,11 @@ def prefill(
     store: options.Store = options.DEFAULT_STORE,
     limit_tokens: LimitTokens = None,
     again: Again = False,
+    no_reuse: NoReuse = False,
     plain: Plain = False,
+    deterministic: Deterministic = False,
+    audit_rows: AuditRows = 4,
+    measure: Measure = None,
     title: Title = "",
     local: options.Local = False,
     timeout: options.Timeout = 60.0,
@@ -91,10 +123,11 @@ def prefill(
         backend=backend,
         threads=threads,
         timeout_s=timeout,
+        measure=measure,
     )
     with recording(json, asked) as record:
         with record.phase("read"):
-            _check_numbers(limit_tokens, chunk_tokens)
+            _check_numbers(limit_tokens, chunk_tokens, audit_rows)
             check_store_folder(store)
             inputs = gather(input_, pattern or [])
         _say(f"read {inputs.describe()}")
@@ -102,6 +135,7 @@ def prefill(
             check_plan_names(codec, scheme, layout)
             check_gang(spec, local)
             facts = check_model(spec)
+            check_scheme(scheme, facts, spec.world_size)
             prepared = prepare(
                 inputs, input_, spec.model, facts, plain=plain, limit_tokens=limit_tokens
             )
@@ -116,7 +150,12 @@ def prefill(
             spec,
             prepared,
             wanted=PrefillOptions(
-                layout=layout, scheme=scheme, codec=codec, chunk_tokens=chunk_tokens
+                layout=layout,
+                scheme=scheme,
+                codec=codec,
+                chunk_tokens=chunk_tokens,
+                deterministic=deterministic,
+                audit_rows=audit_rows,
             ),
             description=Description(
                 title=title,
@@ -126,6 +165,7 @@ def prefill(
             ),
             store=Store(store),
             again=again,
+            reuse=not no_reuse,
             local=local,
         )
         _say(f'ask it: ringspan ask {record.context_id} --store {store} "..."')
@@ -141,6 +181,7 @@ def _run(
     description: Description,
     store: Store,
     again: bool,
+    reuse: bool,
     local: bool,
 ) -> None:
     """Gang, prefill, save; figures into the record."""
@@ -168,11 +209,13 @@ def _run(
                     event.tokens_done, f"KV {bytes_words(event.kv_bytes)}"
                 ),
                 again=again,
+                reuse=reuse,
             )
     record.context_id, record.plan = done.context_id, done.plan
     if done.reused:
         _say(f"the store has context {done.context_id} already; --again prefills it anew")
         return
+    _say_reused(done.plan)
     record.add_phase("plan", done.timings.plan_s)
     record.add_phase("prefill", done.timings.prefill_s)
     record.add_phase("save", done.timings.save_s)
@@ -183,9 +226,43 @@ def _run(
         f" {record.prefill.tflops_per_device:.3g} TFLOP/s a device);"
         f" saved {bytes_words(done.kv_bytes)} in {done.timings.save_s:.1f} s"
     )
+    _say_proof(record.prefill)
+    _say_prediction(record.prefill)
 
 
-def _check_numbers(limit_tokens: int | None, chunk_tokens: int | None) -> None:
+def _say_proof(done: Prefilled) -> None:
+    audited = (
+        f"; {done.audited_rows} rows computed again in fp32: off by {done.audit_error:.1e}"
+        if done.audited_rows
+        else ""
+    )
+    _say(f"every row saw its keys, {done.seen_keys:.4g} counted over heads and layers{audited}")
+    if any(done.exposed_s):
+        steps = ", ".join(f"{seconds:.3g}" for seconds in done.exposed_s[1:])
+        _say(f"stood still for exchanges, by step: {steps} s")
+
+
+def _say_prediction(done: Prefilled) -> None:
+    if done.ratio is not None:
+        _say(
+            f"predicted {done.predicted_s:.4g} s, took {done.elapsed_s:.4g} s"
+            f" (ratio {done.ratio:.3f})"
+        )
+
+
+def _say_reused(plan: PrefillPlan) -> None:
+    if plan.reused_tokens:
+        _say(
+            f"took over the first {plan.reused_tokens:,} tokens of context {plan.prefix_id};"
+            f" computed {plan.num_tokens - plan.reused_tokens:,}"
+        )
+    if plan.not_reused:
+        _say(f"computed what a stored context begins with too: {plan.not_reused}")
+
+
+def _check_numbers(limit_tokens: int | None, chunk_tokens: int | None, audit_rows: int) -> None:
+    if audit_rows < 0:
+        raise BadInput(f"--audit-rows {audit_rows}: wanted rows of each rank, or 0 for none")
     if limit_tokens is not None and limit_tokens < 1:
         raise BadInput(f"--limit-tokens {limit_tokens}: wanted at least 1")
     if chunk_tokens is not None and chunk_tokens < 1:

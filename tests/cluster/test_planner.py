@@ -5,16 +5,25 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from ringspan.attention.cost import Link, assumed_speeds
+from ringspan.cluster.memory import way_of
 from ringspan.cluster.messages import ModelFacts, RankReady
 from ringspan.cluster.pace import LEAST_TIMEOUT_S, Pace
 from ringspan.cluster.planner import (
+    Candidate,
     PrefillOptions,
+    candidates,
+    choose,
+    choose_scheme,
     explain,
+    known_speeds,
     kv_bytes,
     memory_need,
     plan_prefill,
     rank_tokens,
+    with_prediction,
 )
+from ringspan.cluster.predict import Way, predict
 from ringspan.errors import BadInput, TooLarge, UnknownName
 
 LLAMA_8B = ModelFacts(
@@ -55,6 +64,19 @@ def ranks(world_size: int, device: str = "cuda:0", free_gib: float = 60.0) -> li
     ]
 
 
+NVLINK = Link(latency_s=8e-5, bytes_per_s=3.5e11)
+ETHERNET = Link(latency_s=1e-4, bytes_per_s=3e9)
+
+
+def measured(world_size: int, free_gib: float = 100.0, link: Link = NVLINK) -> list[RankReady]:
+    """Ranks that know their speeds."""
+    speeds = assumed_speeds("h200", LLAMA_8B)
+    return [
+        msgspec.structs.replace(rank, speeds=speeds, link=link, tile_rows=8192)
+        for rank in ranks(world_size, free_gib=free_gib)
+    ]
+
+
 def test_defaults_are_zigzag_ring_raw_and_large_chunks_on_gpus() -> None:
     plan = plan_prefill(LLAMA_8B, ranks(2), 262_144, 2, PrefillOptions(), context_id="ab")
     assert (plan.layout, plan.scheme, plan.codec) == ("zigzag", "ring", "raw")
@@ -83,14 +105,17 @@ def test_short_memory_makes_shorter_chunks_before_it_refuses() -> None:
 def test_kv_bytes_are_those_of_the_published_shape() -> None:
     plan = plan_prefill(LLAMA_8B, ranks(4), 1 << 20, 4, PrefillOptions())
     assert kv_bytes(plan, LLAMA_8B) == 2 * 32 * 8 * 128 * 2 * (1 << 20)  # DESIGN 7: 137 GB
-    assert memory_need(plan, LLAMA_8B, 4).kv_bytes == kv_bytes(plan, LLAMA_8B) // 4
+    need = memory_need(way_of(plan, 4), LLAMA_8B)
+    assert need.kv_bytes == kv_bytes(plan, LLAMA_8B) // 4
+    # two buffers of one layer's shard: one arrives while the other is attended
+    assert need.exchange_bytes == 2 * 2 * 8 * 128 * 2 * (1 << 20) // 4
 
 
 @pytest.mark.parametrize(("num_tokens", "world_size"), [(1, 3), (1000, 2), (5003, 4)])
 def test_ranks_hold_all_tokens_once(num_tokens: int, world_size: int) -> None:
     options = PrefillOptions(chunk_tokens=1024)
     plan = plan_prefill(TINY, ranks(world_size), num_tokens, world_size, options)
-    assert sum(rank_tokens(plan, world_size)) == num_tokens
+    assert sum(rank_tokens(way_of(plan, world_size))) == num_tokens
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
@@ -126,7 +151,7 @@ def test_chunk_tokens_that_make_no_sense_get_the_nearest_that_do(asked: int, nea
     ("options", "text"),
     [
         (PrefillOptions(layout="spiral"), "unknown layout 'spiral'; known: contiguous"),
-        (PrefillOptions(scheme="star"), "unknown scheme 'star'; known: all-gather, ring"),
+        (PrefillOptions(scheme="star"), "unknown scheme 'star'; known: all-gather, gather-q"),
         (PrefillOptions(codec="int3"), "unknown codec 'int3'; known: bf16"),
     ],
 )
@@ -158,3 +183,161 @@ def test_the_time_left_grows_with_the_work_not_with_the_tokens() -> None:
     for _ in plan.chunks[1:]:
         pace.done(10.0)
     assert pace.left_s() == 0.0
+
+
+def test_measured_speeds_choose_the_least_time() -> None:
+    plan = plan_prefill(LLAMA_8B, measured(8), 1 << 20, 8, PrefillOptions())
+    every = candidates(
+        LLAMA_8B, *known(measured(8)), 1 << 20, 8, PrefillOptions(), 100 << 30, tile_rows=8192
+    )
+    assert plan.predicted_s <= 1.01 * every[0].seconds
+    assert plan.predicted_s == pytest.approx(sum(plan.predicted_chunk_s))
+    assert len(plan.predicted_chunk_s) == len(plan.chunks)
+    flops = 3.03e17
+    assert 500e12 < flops / plan.predicted_s / 8 < 670e12
+    assert [one.seconds for one in every] == sorted(one.seconds for one in every)
+    assert {one.scheme for one in every} >= {"ring", "pass-q", "gather-q", "ulysses"}
+    assert f"predicted {plan.predicted_s:.4g} s" in explain(plan, LLAMA_8B, measured(8))
+
+
+def known(ready: list[RankReady]):
+    found = known_speeds(ready)
+    assert found is not None
+    return found
+
+
+def test_one_rank_that_knows_nothing_leaves_it_to_the_rules() -> None:
+    ready = measured(2)
+    ready[1] = msgspec.structs.replace(ready[1], speeds=None)
+    assert known_speeds(ready) is None
+    plan = plan_prefill(LLAMA_8B, ready, 262_144, 2, PrefillOptions())
+    assert (plan.scheme, plan.chunk_tokens, plan.predicted_s) == ("ring", 65_536, 0.0)
+    assert "not predicted" in explain(plan, LLAMA_8B, ready)
+
+
+def test_the_slowest_rank_and_link_are_what_counts() -> None:
+    ready = measured(2)
+    speeds = ready[1].speeds
+    assert speeds is not None
+    fit = msgspec.structs.replace(speeds.attention, pair_s=2 * speeds.attention.pair_s)
+    slow = msgspec.structs.replace(speeds, attention=fit)
+    ready[1] = msgspec.structs.replace(ready[1], speeds=slow, link=ETHERNET)
+    assert known_speeds(ready) == (slow, ETHERNET)
+
+
+def test_what_is_asked_for_is_taken_and_predicted() -> None:
+    asked = PrefillOptions(
+        scheme="pass-q", layout="contiguous", chunk_tokens=32_768, deterministic=True, audit_rows=7
+    )
+    plan = plan_prefill(LLAMA_8B, measured(4), 131_072, 4, asked)
+    assert (plan.scheme, plan.layout, plan.chunk_tokens) == ("pass-q", "contiguous", 32_768)
+    assert (plan.deterministic, plan.audit_rows) == (True, 7)
+    assert len(plan.predicted_chunk_s) == 4
+
+
+def test_the_fastest_that_fits_is_taken_when_memory_is_short() -> None:
+    roomy, tight = (
+        plan_prefill(LLAMA_8B, measured(4, free_gib=gib), 1 << 20, 4, PrefillOptions())
+        for gib in (100, 37)
+    )
+    assert tight.chunk_tokens < roomy.chunk_tokens
+    assert tight.predicted_s > roomy.predicted_s
+    assert memory_need(way_of(tight, 4), LLAMA_8B, 8192).total_bytes <= 37 << 30
+    with pytest.raises(TooLarge, match="use more ranks, --codec int8"):
+        plan_prefill(LLAMA_8B, measured(4, free_gib=30), 1 << 20, 4, PrefillOptions())
+
+
+def test_of_equals_the_one_with_less_memory_is_taken() -> None:
+    every = candidates(
+        LLAMA_8B, *known(measured(8)), 1 << 20, 8, PrefillOptions(), 100 << 30, tile_rows=8192
+    )
+    best = choose(every)
+    assert isinstance(best, Candidate)
+    near = [one for one in every if one.seconds <= 1.01 * every[0].seconds]
+    assert len(near) > 1
+    assert best.need.total_bytes == min(one.need.total_bytes for one in near)
+    assert choose([msgspec.structs.replace(one, fits=False) for one in every]) is None
+
+
+def test_few_new_tokens_on_a_long_cache_go_to_the_keys() -> None:
+    speeds, link = known(measured(8))
+    order = choose_scheme(LLAMA_8B, speeds, link, 2048, 1 << 20, 8)
+    assert order[0][0] == "gather-q"
+    times = dict(order)
+    floor = 32 * speeds.floor_s(2048 * ((1 << 20) + 1024)) / 8
+    assert floor < times["gather-q"] - speeds.dense_s(LLAMA_8B, 256) < 1.4 * floor
+    slow = dict(choose_scheme(LLAMA_8B, speeds, ETHERNET, 2048, 1 << 20, 8))
+    keys_s = 32 * (7 / 8) * (1 << 20) * 4096 / ETHERNET.bytes_per_s
+    assert slow["ring"] == pytest.approx(keys_s, rel=0.1)  # it does nothing but wait for keys
+    assert slow["gather-q"] < 0.1 * slow["ring"]
+    long = choose_scheme(LLAMA_8B, speeds, link, 1 << 20, 0, 8)
+    assert dict(long)["ring"] < dict(long)["gather-q"]
+
+
+def test_a_scheme_that_cannot_serve_the_heads_is_refused_by_name_and_not_tried() -> None:
+    with pytest.raises(BadInput, match="scheme ulysses over 3 ranks"):
+        plan_prefill(LLAMA_8B, measured(3), 10_000, 3, PrefillOptions(scheme="ulysses"))
+    tried = choose_scheme(LLAMA_8B, *known(measured(3)), 1024, 4096, 3)
+    assert "ulysses" not in dict(tried)
+    with pytest.raises(BadInput, match="--audit-rows -1"):
+        plan_prefill(LLAMA_8B, measured(1), 1000, 1, PrefillOptions(audit_rows=-1))
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+@pytest.mark.parametrize("scheme", ["ring", "gather-q", "ulysses"])
+def test_chunks_between_the_simulated_ones_lie_on_the_line(scheme: str, codec: str) -> None:
+    way = Way(600_000, 65_536, "zigzag", scheme, codec, 128, 4)
+    speeds, link = known(measured(4))
+    few, all_ = (predict(way, LLAMA_8B, speeds, link, lengths=n) for n in (2, 4))
+    exact = [
+        predict(
+            way._replace(num_tokens=chunk.tokens, cached_tokens=chunk.start), LLAMA_8B, speeds, link
+        ).seconds
+        for chunk in way.chunks
+    ]
+    assert few.chunk_s == pytest.approx(exact, rel=0.02)
+    assert all_.seconds == pytest.approx(sum(exact), rel=0.005)
+
+
+def test_windows_are_cheaper_than_full_attention() -> None:
+    windowed = msgspec.structs.replace(LLAMA_8B, windows=(4096,) * 31 + (None,))
+    speeds, link = known(measured(4))
+    way = Way(262_144, 65_536, "zigzag", "ring", "raw", 128, 4)
+    full, narrow = (predict(way, facts, speeds, link) for facts in (LLAMA_8B, windowed))
+    assert narrow.seconds < 0.6 * full.seconds
+    assert narrow.chunk_s[3] == pytest.approx(narrow.chunk_s[1], rel=0.15)
+    tried = candidates(windowed, speeds, link, 65_536, 4, PrefillOptions(scheme="ring"), 100 << 30)
+    assert {one.layout for one in tried} == {"zigzag", "contiguous"}
+
+
+def test_a_plan_onto_reused_tokens_is_predicted_for_what_is_left() -> None:
+    plan = plan_prefill(
+        LLAMA_8B, measured(4), 262_144, 4, PrefillOptions(chunk_tokens=65_536, scheme="ring")
+    )
+    onto = msgspec.structs.replace(plan, prefix_id="p", reused_tokens=131_072)
+    less = with_prediction(onto, LLAMA_8B, measured(4))
+    assert len(less.predicted_chunk_s) == len(less.chunks) == 2
+    assert less.predicted_chunk_s == pytest.approx(plan.predicted_chunk_s[2:], rel=0.02)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8"])
+def test_memory_counts_what_schemes_lease_and_parts_that_wait(codec: str) -> None:
+    def need(scheme: str, chunk_tokens: int = 1 << 18):
+        way = Way(1 << 20, chunk_tokens, "zigzag", scheme, codec, 128, 8)
+        return memory_need(way, LLAMA_8B, 8192)
+
+    ring, gather, queries = need("ring"), need("all-gather"), need("gather-q")
+    assert gather.exchange_bytes > 2 * ring.exchange_bytes
+    assert queries.exchange_bytes > ring.exchange_bytes
+    assert ring.parts_bytes > 0
+    assert need("ring", 1 << 17).parts_bytes < ring.parts_bytes
+    if codec == "int8":  # two stretches of decoded keys and values beside the buffers
+        staged = 2 * (1 << 17) * 8 * 128 * 2
+        assert ring.exchange_bytes > staged
+
+
+def test_tiles_bound_what_activations_take() -> None:
+    plan = plan_prefill(LLAMA_8B, ranks(1, free_gib=500), 1 << 17, 1, PrefillOptions())
+    way = way_of(plan, 1)
+    tiled, whole = (memory_need(way, LLAMA_8B, rows).activation_bytes for rows in (8192, 0))
+    assert tiled < 0.6 * whole
