@@ -194,6 +194,8 @@ def fit_attention(
 
     if len(samples) < 4 or len({sample.causal for sample in samples}) < 2:
         raise ValueError(f"{len(samples)} measured shapes, wanted at least 4, full and causal ones")
+    if wrong := [sample for sample in samples if sample.causal and sample.rows > sample.keys]:
+        raise ValueError(f"{wrong[0]}: a causal shape's rows are the last of its keys")
     shape = AttentionFit(
         fixed_s=0, tile_s=0, pair_s=0, causal_pair_s=0, units=units, tile_rows=tile_rows
     )

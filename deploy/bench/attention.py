@@ -27,6 +27,7 @@ from typing import NamedTuple
 import msgspec
 
 from ringspan.cluster.messages import GangSpec
+from ringspan.deploy.bench.captured import CAPTURED
 from ringspan.deploy.bench.case import AttentionCase
 from ringspan.deploy.bench.measured import Measured, RankStarted
 from ringspan.deploy.bench.power import GpuState
@@ -164,7 +165,7 @@ def _outcome(world: World, case: AttentionCase, command: str) -> Outcome:
         kernels_left_out=first.left_out,
         ideal_s=kernel_s / devices,
         ratio=Spread.of(over),
-        predicted_s=predict(case, first.speeds, first.link),
+        predicted_s=predict(case, first.speeds, first.link, first.note == CAPTURED),
         exposed_s=max((one.exposed_s for one in found), key=sum),
         sent_bytes=max(one.sent_bytes for one in found),
         seen_keys=sum(one.seen_keys for one in found),

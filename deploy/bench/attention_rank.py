@@ -26,7 +26,7 @@ from ringspan.attention.transport import Transport
 from ringspan.cluster.device import device_named, on_device, product_name
 from ringspan.cluster.faults import first_line
 from ringspan.cluster.messages import GangSpec
-from ringspan.deploy.bench.captured import captured
+from ringspan.deploy.bench.captured import CAPTURED, captured
 from ringspan.deploy.bench.case import AttentionCase
 from ringspan.deploy.bench.contest import Contestant, Engine, Unavailable, contestant
 from ringspan.deploy.bench.measured import Measured, RankStarted
@@ -173,7 +173,7 @@ class AttentionRank:
             speeds=speeds[0],
             link=speeds[1],
             exposed_s=_per_run(exposed, found.engine_calls * case.repeats) if on_gpu else (),
-            note="the ranks' work as a CUDA graph" if graph else "",
+            note=CAPTURED if graph else "",
             sent_bytes=max(engine.sent_bytes for engine in engines),
             seen_keys=sum(seen),
         )

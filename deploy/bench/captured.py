@@ -14,6 +14,9 @@ import torch
 from ringspan.attention.exposure import Exposure
 from ringspan.deploy.bench.timing import Run
 
+CAPTURED = "the ranks' work as a CUDA graph"
+"""What a row's note says."""
+
 
 def captured(
     once: Callable[[torch.cuda.Stream], object],
