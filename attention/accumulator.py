@@ -60,7 +60,8 @@ class Accumulator:
             into = self._fold()
             self._compute.attend_into(*arguments, Part(into.out[rows], into.lse[rows]))
             return
-        self.add(piece.q0, piece.q1, self._compute.attend(*arguments), order)
+        part = self._compute.attend(*arguments, by_rule=self._deterministic)
+        self.add(piece.q0, piece.q1, part, order)
 
     def add(self, q0: int, q1: int, part: Part, order: tuple[int, int, int]) -> None:
         """A part of rows [q0, q1), computed here or elsewhere. Its tensors must stay as they are

@@ -94,14 +94,23 @@ class Compute:
         side.busy = True
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece, rules: Rules
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        piece: Piece,
+        rules: Rules,
+        by_rule: bool = False,
     ) -> Part:
-        """One piece: q [T, Hq, D] are its rows, k and v [S, Hkv, D] its keys. See `join`."""
+        """One piece: q [T, Hq, D] are its rows, k and v [S, Hkv, D] its keys. See `join`.
+
+        by_rule: the backend by the fixed order, not by what was measured on this machine.
+        """
         with self._aside(q):
             return attend(
                 q, k, v,
                 causal=piece.causal, offset=piece.offset, window=piece.window,
-                softcap=rules.softcap, scale=rules.scale, backend=self.backend,
+                softcap=rules.softcap, scale=rules.scale, backend=self.backend, by_rule=by_rule,
             )  # fmt: skip
 
     def carries(self, q: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from ringspan.attention import choice
 from ringspan.attention.backends.case import Backend, Case, Mask, canonical_blocks
 from ringspan.attention.backends.cpu_flash import CPU_FLASH
 from ringspan.attention.backends.cudnn import CUDNN
@@ -27,9 +28,6 @@ BACKENDS: dict[str, Backend] = {
 }
 """Best first."""
 
-FEW_ROWS = 64
-MANY_KEYS = 16384
-
 
 def attend(
     q: torch.Tensor,
@@ -43,6 +41,7 @@ def attend(
     softcap: float = 0.0,
     backend: str = "auto",
     into: Part | None = None,
+    by_rule: bool = False,
 ) -> Part:
     """Attention of q over k and v, on the device where they lie.
 
@@ -50,6 +49,7 @@ def attend(
     contiguous, the others strided at will. `window` counts the keys a row sees up to and with its
     own. out comes in q.dtype, or in fp32 where that saves a rounding. `into`: the fp32 part of
     these rows over other keys, continued in place; only for backends that carry (`carrying`).
+    `by_rule`: `auto` goes by the fixed order, whatever was measured here.
     Raises ValueError for shapes that do not fit together, UnknownName for a backend that does not
     exist, BadInput for a named backend that cannot serve the case.
     """
@@ -62,7 +62,7 @@ def attend(
         k_block = k[block.key_start : block.key_stop]
         v_block = v[block.key_start : block.key_stop]
         case = case_of(q_block, k_block, block.mask, softcap, scale)
-        chosen = choose(case, backend)
+        chosen = choose(case, backend, by_rule)
         if into is None:
             done.append(chosen.run(q_block, k_block, v_block, case))
         else:
@@ -117,7 +117,7 @@ def case_of(q: torch.Tensor, k: torch.Tensor, mask: Mask, softcap: float, scale:
 
 
 @lru_cache(maxsize=4096)
-def choose(case: Case, backend: str = "auto") -> Backend:
+def choose(case: Case, backend: str = "auto", by_rule: bool = False) -> Backend:
     """The backend that serves `case`: the named one, or the best that can."""
     named = _named(backend)
     if named is not None:
@@ -128,7 +128,7 @@ def choose(case: Case, backend: str = "auto") -> Backend:
                 "choose another, or 'auto'"
             )
         return named
-    for name in _order(case):
+    for name in _order(case, by_rule):
         candidate = BACKENDS[name]
         if candidate.available(case.device_type) is None and candidate.why_not(case) is None:
             return candidate
@@ -144,14 +144,24 @@ def explain(device_type: str) -> tuple[tuple[str, bool, str], ...]:
     return tuple(rows)
 
 
-def _order(case: Case) -> tuple[str, ...]:
-    """Which backend to try first, by what was measured.
+def measure_backends(
+    device: torch.device, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Times the backends of a GPU for calls with these heads, once a machine (choice.py)."""
+    if choice.measure(BACKENDS.values(), device, dtype, num_q_heads, num_kv_heads, head_dim):
+        choose.cache_clear()
+
+
+def _order(case: Case, by_rule: bool) -> tuple[str, ...]:
+    """Which backend to try first: as measured on this machine, else by what was measured before.
 
     One H100, 32 q and 8 kv heads of 128, bf16: full prefill FA4 704, cuDNN 649, Triton 513 TFLOP/s;
     one row over a million keys cuDNN 1.39 ms (3.08 TB/s), FA4 10.2 ms (it does not split keys on
     Hopper). cuDNN plans anew for each shape, so it pays only where keys are many.
     """
-    if case.rows < FEW_ROWS and case.keys >= MANY_KEYS:
+    if not by_rule and (measured := choice.order(case)) is not None:
+        return (*measured, *BACKENDS)
+    if case.rows < choice.FEW_ROWS and case.keys >= choice.MANY_KEYS:
         return ("cudnn", "triton", *BACKENDS)
     return tuple(BACKENDS)
 

@@ -167,7 +167,13 @@ class SimulatedCompute(Compute):
         self._world, self._rank, self._speeds = world, rank, world.speeds
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece, rules: Rules
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        piece: Piece,
+        rules: Rules,
+        by_rule: bool = False,
     ) -> Part:
         self._attend(q, k, piece)
         out, lse = self._world.empty(

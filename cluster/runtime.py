@@ -18,6 +18,7 @@ from ringspan.attention.cost import Link, Speeds, link_from
 from ringspan.attention.engine import Rules, Step
 from ringspan.attention.group import GroupTransport, join_group
 from ringspan.attention.hook import bind
+from ringspan.attention.local import measure_backends
 from ringspan.attention.loopback import LoopbackTransport, LoopbackWorld
 from ringspan.attention.mask import Piece
 from ringspan.attention.models.load import load_model
@@ -110,10 +111,14 @@ class Runtime:
         )
 
     def compile_attention(self) -> None:
-        """Every kernel that chunks will call for, with and without a diagonal, once: FlashAttention
-        4 takes seconds to compile one, and not all of them show in a short context."""
+        """Measures which backend is the fastest here, if that is not known, and calls every kernel
+        that chunks will call for, with and without a diagonal, once: FlashAttention 4 takes seconds
+        to compile one, and not all of them show in a short context."""
         facts, rows, keys = self.facts, 1024, 2048
         with on_device(self.device):
+            measure_backends(
+                self.device, self.dtype, facts.num_q_heads, facts.num_kv_heads, facts.head_dim
+            )
             q = torch.zeros(
                 (rows, facts.num_q_heads, facts.head_dim), dtype=self.dtype, device=self.device
             )

@@ -200,12 +200,12 @@ def test_auto_on_a_gpu_prefers_fa4_but_cudnn_for_few_rows_over_many_keys(monkeyp
         monkeypatch.setitem(BACKENDS, name, usable)
     choose.cache_clear()
     try:
-        assert choose(gpu_case(4096, 4096)).name == "fa4"
-        assert choose(gpu_case(1, 100_000)).name == "cudnn"
-        assert choose(gpu_case(1, 100)).name == "fa4"
-        assert choose(gpu_case(1, 100_000, softcap=50.0)).name == "triton"
-        assert choose(gpu_case(4096, 4096, dtype=torch.float32)).name == "triton"
-        assert choose(gpu_case(4096, 4096, dtype=torch.float64)).name == "reference"
+        assert choose(gpu_case(4096, 4096), by_rule=True).name == "fa4"
+        assert choose(gpu_case(1, 100_000), by_rule=True).name == "cudnn"
+        assert choose(gpu_case(1, 100), by_rule=True).name == "fa4"
+        assert choose(gpu_case(1, 100_000, softcap=50.0), by_rule=True).name == "triton"
+        assert choose(gpu_case(4096, 4096, dtype=torch.float32), by_rule=True).name == "triton"
+        assert choose(gpu_case(4096, 4096, dtype=torch.float64), by_rule=True).name == "reference"
     finally:
         choose.cache_clear()
 

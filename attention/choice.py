@@ -1,0 +1,163 @@
+"""Which backend is the fastest here: measured once per machine, kept in the user's cache folder.
+
+    $RINGSPAN_CACHE/backends.json     {device and versions: {kind of call: [names, fastest first]}}
+
+Kinds are told apart by what decides between backends: many rows or few, with a diagonal or without,
+head_dim and dtype. `local.choose` asks `order`; without a measurement, and for `deterministic`
+runs, it goes by its own fixed order. Nothing is measured but by `measure`, which a gang's ranks
+call at their start on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ringspan.attention.backends.case import Backend, Case, Mask
+
+PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+FEW_ROWS, MANY_KEYS = 64, 16_384
+"""Fewer rows than that over at least so many keys is decoding."""
+SHAPES = {"few": (1, 131_072), "many": (4096, 8192)}
+"""(rows, keys) that are timed, of few rows and of many."""
+WARM_UPS, REPEATS = 3, 9
+
+_measured: dict[str, dict[str, list[str]]] = {}
+
+
+def kind(case: Case) -> str:
+    """What a measurement of this case holds for."""
+    rows = "few" if case.rows < FEW_ROWS and case.keys >= MANY_KEYS else "many"
+    mask = "causal" if case.mask.causal else "full"
+    dtype = str(case.dtype).removeprefix("torch.")
+    return f"{rows} {mask} {case.num_q_heads}/{case.num_kv_heads} {case.head_dim} {dtype}"
+
+
+def order(case: Case) -> list[str] | None:
+    """Names of backends, fastest first, as measured on this device; None if it was not."""
+    if case.device_type != "cuda" or not torch.cuda.is_available():
+        return None
+    device = _device_key(torch.cuda.current_device())
+    if device not in _measured:
+        _measured[device] = _read().get(device, {})
+    return _measured[device].get(kind(case))
+
+
+def measure(
+    backends: Iterable[Backend],
+    device: torch.device,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> dict[str, dict[str, float]]:
+    """Seconds of every usable backend for each kind of call with these heads; kept for `order`.
+
+    What is known already is not timed again. Takes seconds, most of them compilation.
+    """
+    found: dict[str, dict[str, float]] = {}
+    backends = tuple(backends)
+    for rows_kind, (rows, keys) in SHAPES.items():
+        for causal in (False, True) if rows_kind == "many" else (False,):
+            case = Case(
+                device_type=device.type,
+                capability=torch.cuda.get_device_capability(device),
+                dtype=dtype,
+                rows=rows,
+                keys=keys,
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                mask=Mask(causal, keys - rows if causal else 0, None),
+                softcap=0.0,
+                scale=head_dim**-0.5,
+            )
+            if order(case) is None:
+                found[kind(case)] = _timed(backends, case, device)
+    if found:
+        _keep(
+            _device_key(device.index), {k: sorted(s, key=s.__getitem__) for k, s in found.items()}
+        )
+    return found
+
+
+def _timed(backends: Iterable[Backend], case: Case, device: torch.device) -> dict[str, float]:
+    shape = (case.num_kv_heads, case.head_dim)
+    q = torch.randn((case.rows, case.num_q_heads, case.head_dim), dtype=case.dtype, device=device)
+    k, v = (torch.randn((case.keys, *shape), dtype=case.dtype, device=device) for _ in range(2))
+    usable = [
+        backend
+        for backend in backends
+        if backend.available(case.device_type) is None
+        and backend.why_not(case) is None
+        and backend.name != "reference"
+    ]
+    seconds: dict[str, list[float]] = {}
+    for backend in list(usable):
+        try:
+            for _ in range(WARM_UPS):
+                backend.run(q, k, v, case)
+            torch.cuda.synchronize(device)
+        except RuntimeError:  # what its own check did not foresee: it is not a choice here
+            usable.remove(backend)
+    for _ in range(REPEATS):  # in turn: the clock falls while a GPU is busy
+        for backend in usable:
+            took = _seconds(lambda b=backend: b.run(q, k, v, case), device)  # type: ignore[misc]
+            seconds.setdefault(backend.name, []).append(took)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize(device)
+    return float(first.elapsed_time(last)) / 1e3
+
+
+@lru_cache(maxsize=16)
+def _device_key(index: int | None) -> str:
+    versions = []
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    return ", ".join((torch.cuda.get_device_name(index), *versions))
+
+
+def _file() -> Path:
+    folder = os.environ.get("RINGSPAN_CACHE") or "~/.cache/ringspan"
+    return Path(folder).expanduser() / "backends.json"
+
+
+def _read() -> dict[str, dict[str, list[str]]]:
+    """What the file holds; nothing where it cannot be read."""
+    try:
+        held = json.loads(_file().read_bytes())
+        return {
+            str(device): {str(k): [str(n) for n in names] for k, names in kinds.items()}
+            for device, kinds in held.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _keep(device: str, orders: dict[str, list[str]]) -> None:
+    """Whole or not at all; a folder that cannot be written costs a measurement next time."""
+    held = _read()
+    held.setdefault(device, {}).update(orders)
+    _measured[device] = held[device]
+    path = _file()
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(held, indent=2))
+        scratch.replace(path)
