@@ -148,7 +148,11 @@ def measure_backends(
     device: torch.device, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     """Times the backends of a GPU for calls with these heads, once a machine (choice.py)."""
-    if choice.measure(BACKENDS.values(), device, dtype, num_q_heads, num_kv_heads, head_dim):
+
+    def in_order(case: Case) -> list[Backend]:
+        return [BACKENDS[name] for name in dict.fromkeys(_order(case, by_rule=True))]
+
+    if choice.measure(in_order, device, dtype, num_q_heads, num_kv_heads, head_dim):
         choose.cache_clear()
 
 

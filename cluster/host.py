@@ -109,7 +109,7 @@ class LoopbackHost:
         """The gang, once: builds and starts every rank; their RankReady."""
         from ringspan.attention.loopback import LoopbackWorld
 
-        self._world = LoopbackWorld(self._spec.world_size, self._spec.timeout_s)
+        self._world = LoopbackWorld(self._spec.world_size, self._spec.timeout_s, poison=False)
         ranks = range(self._spec.world_size)
         self._streams = [Streams(self._rank_class(rank, self._spec)) for rank in ranks]
         return self.invoke("start", self._world)

@@ -59,6 +59,12 @@ def test_what_is_kept_is_read_again_beside_what_was_there(
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["backends.json"]
 
 
+def test_the_first_of_the_fixed_order_gives_way_only_to_what_is_clearly_faster() -> None:
+    assert choice.ranked({"a": 1.02, "b": 1.0, "c": 3.0}) == ["a", "b", "c"]
+    assert choice.ranked({"a": 1.05, "b": 1.0, "c": 0.99}) == ["c", "b", "a"]
+    assert choice.ranked({}) == []
+
+
 @gpu
 @pytest.mark.gpu
 def test_a_gpu_takes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
