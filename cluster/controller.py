@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from ringspan.attention.tail import LONG_TURN_TOKENS, turn_scheme
+from ringspan.attention.tail import LONG_TURN_TOKENS
 from ringspan.cluster.events import (
     Cancelled,
     IsCancelled,
@@ -37,15 +37,14 @@ from ringspan.cluster.messages import (
 from ringspan.cluster.pace import Pace
 from ringspan.cluster.planner import (
     PrefillOptions,
-    choose_scheme,
-    known_speeds,
     kv_bytes,
     plan_prefill,
     with_prediction,
 )
 from ringspan.cluster.prefill_run import PrefillRun
+from ringspan.cluster.scheme_choices import SchemeChoices
 from ringspan.cluster.session import ContextHandle, Prefix, Sessions, longest_prefix
-from ringspan.cluster.stored import Description, manifest_of, store_bytes
+from ringspan.cluster.stored import Description, check_model, manifest_of, store_bytes
 from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError, UnknownName
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
@@ -71,8 +70,7 @@ class Controller:
         self._gang, self._store = gang, store
         self._contexts: dict[str, ContextHandle] = {}
         self._sessions = Sessions()
-        self._schemes: dict[tuple[int, int, str], str] = {}
-        """Chosen so far, by new tokens, cached tokens and codec."""
+        self._schemes = SchemeChoices(gang)
 
     @property
     def facts(self) -> ModelFacts:
@@ -165,20 +163,9 @@ class Controller:
             kv_bytes=run.kv_bytes,
             keys=tuple(self._keys(plan, token_ids)),
         )
-        return PrefillDone(
-            context_id=name,
-            plan=plan,
-            saved=self._store is not None,
-            kv_bytes=run.kv_bytes,
-            sent_bytes=run.sent_bytes,
-            exchange_s=run.exchange_s,
-            exposed_s=run.exposed_s,
-            seen_keys=run.seen_keys,
-            audited_rows=run.audited_rows,
-            audit_error=run.audit_error,
-            work_bytes=run.work_bytes,
-            flops=run.pace.total_flops,
-            timings=PrefillTimings(
+        return run.finished(
+            self._store is not None,
+            PrefillTimings(
                 plan_s=planned - began,
                 prefill_s=computed - planned,
                 save_s=time.perf_counter() - computed,
@@ -271,7 +258,7 @@ class Controller:
         manifest = self._store.manifest(name)
         if manifest.context_id in self._contexts:
             return self._contexts[manifest.context_id]
-        self._check_model(manifest)
+        check_model(manifest, self.facts)
         began = time.perf_counter()
         try:
             opened: list[ShardOpened] = self._gang.call(
@@ -339,7 +326,7 @@ class Controller:
             seed=secrets.randbits(31) if seed is None else seed,
             stop_ids=stop_ids,
             scheme=(
-                self._scheme_onto(len(token_ids), handle.num_tokens, handle.codec)
+                self._schemes.onto(len(token_ids), handle.num_tokens, handle.codec)
                 if len(token_ids) >= LONG_TURN_TOKENS
                 else "auto"
             ),
@@ -387,23 +374,9 @@ class Controller:
             return None
         onto = prefix.plan
         if asked.scheme == "auto":
-            scheme = self._scheme_onto(onto.chunks[0].tokens, onto.reused_tokens, plan.codec)
+            scheme = self._schemes.onto(onto.chunks[0].tokens, onto.reused_tokens, plan.codec)
             onto = msgspec.structs.replace(onto, scheme=scheme)
         return prefix._replace(plan=with_prediction(onto, self.facts, self._gang.ready))
-
-    def _scheme_onto(self, new_tokens: int, cached_tokens: int, codec_name: str) -> str:
-        """For a step of new tokens behind cached ones: a long question, or what is new behind a
-        prefix. By the measured speeds, else by rule."""
-        facts, world_size = self.facts, self._gang.world_size
-        if (known := known_speeds(self._gang.ready)) is None:
-            return turn_scheme(new_tokens, facts.num_q_heads, facts.num_kv_heads, world_size)
-        # Predicting takes as long as a question may: once for all lengths up to a power of two.
-        new, cached = 1 << (new_tokens - 1).bit_length(), 1 << (cached_tokens - 1).bit_length()
-        at = (new, cached, codec_name)
-        if at not in self._schemes:
-            best, *_ = choose_scheme(facts, *known, new, cached, world_size, codec_name)
-            self._schemes[at] = best[0]
-        return self._schemes[at]
 
     def _keys(self, plan: PrefillPlan, token_ids: np.ndarray) -> list[str]:
         return page_keys(self.facts.fingerprint, PUBLIC_NAMESPACE, token_ids, plan.page_tokens)
@@ -424,18 +397,6 @@ class Controller:
         except StoreError:
             return None
         return manifest if manifest.codec == plan.codec else None
-
-    def _check_model(self, manifest: Manifest) -> None:
-        if manifest.origin.fingerprint == self.facts.fingerprint:
-            return
-        made_with = manifest.model
-        scaling = f" --rope-scaling {made_with.rope_scaling}" if made_with.rope_scaling else ""
-        raise BadInput(
-            f"context {manifest.context_id} was made with --model {made_with.name}{scaling} "
-            f"(dtype {manifest.form.dtype}, fingerprint {manifest.origin.fingerprint[:12]}), this "
-            f"gang runs {self.facts.name} (dtype {self.facts.dtype}, fingerprint "
-            f"{self.facts.fingerprint[:12]}): ask with that model, or prefill it with this one"
-        )
 
     def _forget_quietly(self, name: str) -> None:
         """After a failure, whose error is the one to show."""

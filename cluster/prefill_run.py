@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from ringspan.cluster.events import PrefillProgress
+from ringspan.cluster.events import PrefillDone, PrefillProgress, PrefillTimings
 from ringspan.cluster.messages import ChunkDone, PrefillPlan
 from ringspan.cluster.pace import Pace
 
@@ -62,4 +62,22 @@ class PrefillRun:
             left_s=self.pace.left_s(),
             kv_bytes=self.kv_bytes,
             sent_bytes=self.sent_bytes,
+        )
+
+    def finished(self, saved: bool, timings: PrefillTimings) -> PrefillDone:
+        """After the last chunk, and after the store has it."""
+        return PrefillDone(
+            context_id=self.plan.context_id,
+            plan=self.plan,
+            saved=saved,
+            kv_bytes=self.kv_bytes,
+            sent_bytes=self.sent_bytes,
+            exchange_s=self.exchange_s,
+            exposed_s=self.exposed_s,
+            seen_keys=self.seen_keys,
+            audited_rows=self.audited_rows,
+            audit_error=self.audit_error,
+            work_bytes=self.work_bytes,
+            flops=self.pace.total_flops,
+            timings=timings,
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringspan.cluster.messages import GangSpec, PrefillPlan, ShardSaved
-from ringspan.errors import StoreError
+from ringspan.cluster.messages import GangSpec, ModelFacts, PrefillPlan, ShardSaved
+from ringspan.errors import BadInput, StoreError
 from ringspan.kvstore.frame import ALIGN, aligned
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE
 from ringspan.kvstore.manifest import Manifest
@@ -76,3 +76,17 @@ def store_bytes(plan: PrefillPlan, kv_bytes: int) -> int:
     page_bytes = kv_bytes * plan.page_tokens // plan.num_tokens
     frames = num_pages * (HEAD_BYTES + aligned(page_bytes))
     return frames + num_pages * RECORD_BYTES + 4 * plan.num_tokens + ALIGN
+
+
+def check_model(manifest: Manifest, facts: ModelFacts) -> None:
+    """BadInput unless the stored context was made with the model of these facts."""
+    if manifest.origin.fingerprint == facts.fingerprint:
+        return
+    made_with = manifest.model
+    scaling = f" --rope-scaling {made_with.rope_scaling}" if made_with.rope_scaling else ""
+    raise BadInput(
+        f"context {manifest.context_id} was made with --model {made_with.name}{scaling} "
+        f"(dtype {manifest.form.dtype}, fingerprint {manifest.origin.fingerprint[:12]}), this "
+        f"gang runs {facts.name} (dtype {facts.dtype}, fingerprint "
+        f"{facts.fingerprint[:12]}): ask with that model, or prefill it with this one"
+    )

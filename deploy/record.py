@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from ringspan.cluster.events import PrefillDone
-from ringspan.cluster.messages import PrefillPlan, RankReady
+from ringspan.cluster.messages import LongTurn, PrefillPlan, RankReady
 from ringspan.deploy.machine import Hardware, hardware, versions
 from ringspan.errors import BadInput, StoreError
 
@@ -75,6 +75,8 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float
     elapsed_s: float
     finish_reason: str
+    long_turn: LongTurn | None = None
+    """How a long question was taken through the model."""
 
 
 class Needles(msgspec.Struct, frozen=True, kw_only=True):

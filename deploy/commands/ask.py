@@ -25,6 +25,7 @@ from ringspan.errors import BadInput
 
 if TYPE_CHECKING:
     from ringspan.cluster.controller import Controller
+    from ringspan.cluster.messages import LongTurn
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 Questions = Annotated[
@@ -128,6 +129,7 @@ def _answer(
     """Prints the answer as it comes."""
     began = time.perf_counter()
     first_s, count, reason = 0.0, 0, "length"
+    long_turn: LongTurn | None = None
     pieces: list[str] = []
     stream = voice.stream()
     for token in controller.ask(
@@ -141,6 +143,7 @@ def _answer(
         stop_ids=voice.stop_ids,
     ):
         count += 1
+        long_turn = long_turn or token.long_turn
         first_s = first_s or time.perf_counter() - began
         if token.finish_reason == "stop":
             reason = "stop"
@@ -157,6 +160,7 @@ def _answer(
         first_token_s=first_s,
         elapsed_s=time.perf_counter() - began,
         finish_reason=reason,
+        long_turn=long_turn,
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -156,6 +157,18 @@ def test_every_scheme_equals_single(family):
     new = [name for name in SCHEMES if name not in ("ring", "all-gather")]
     combinations = [("zigzag", scheme, True) for scheme in new]
     check_equals_single(f"random:tiny-{family}", 2, 645, num_more=2, combinations=combinations)
+
+
+def test_a_deterministic_prefill_repeats_bit_for_bit_and_is_right():
+    model = "random:tiny-gemma2"
+    ids = np.array(text_ids(model, 645), dtype=np.int32)
+    want, _, _ = reference(model, tuple(ids.tolist()), 1)
+    world, ranks = gang(model, 3)
+    plan = make_plan(model, len(ids), 384)
+    plan = msgspec.structs.replace(plan, deterministic=True)
+    first, second = (prefill(world, ranks, plan, ids) for _ in range(2))
+    assert torch.equal(first, second)
+    assert (first - want).abs().max() <= RELATIVE * want.abs().max()
 
 
 def test_smollm2_equals_single():

@@ -24,7 +24,7 @@ from ringspan.attention.tail import (
     turn_scheme,
     why_dealt,
 )
-from ringspan.cluster import answers, controller
+from ringspan.cluster import answers, scheme_choices
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.local_gang import LocalGang
 from ringspan.cluster.messages import (
@@ -391,8 +391,8 @@ def test_a_gang_that_knows_its_speeds_takes_the_scheme_predicted_to_be_fastest(
         asked.append((new_tokens, cached_tokens, world_size, codec_name))
         return [("ulysses", 1.0), ("ring", 2.0)]
 
-    monkeypatch.setattr(controller, "known_speeds", lambda ready: ("speeds", "link"))
-    monkeypatch.setattr(controller, "choose_scheme", predicted)
+    monkeypatch.setattr(scheme_choices, "known_speeds", lambda ready: ("speeds", "link"))
+    monkeypatch.setattr(scheme_choices, "choose_scheme", predicted)
     spec = GangSpec(world_size=2, model=ModelSpec(name="random:tiny"), device="cpu", threads=1)
     with LocalGang(spec) as gang:
         front = Controller(gang)
