@@ -2,8 +2,8 @@
 
     $RINGSPAN_CACHE/backends.json     {device and versions: {kind of call: [names, fastest first]}}
 
-Kinds are told apart by what decides between backends: many rows or few, with a diagonal or without,
-head_dim and dtype. `local.choose` asks `order`; without a measurement, and for `deterministic`
+Kinds are told apart by what decides between backends: many rows, a few over many keys or one, with
+a diagonal or without, heads and dtype. `local.choose` asks `order`; without a measurement, and for `deterministic`
 runs, it goes by its own fixed order. Nothing is measured but by `measure`, which a gang's ranks
 call at their start on a GPU.
 
@@ -31,8 +31,9 @@ from ringspan.attention.backends.case import Backend, Case, Mask
 PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 FEW_ROWS, MANY_KEYS = 64, 16_384
 """Fewer rows than that over at least so many keys is decoding."""
-SHAPES = {"few": (1, 131_072), "many": (8192, 16_384)}
-"""(rows, keys) that are timed, of few rows and of many."""
+SHAPES = {"one": (1, 131_072), "few": (16, 131_072), "many": (4096, 4096)}
+"""(rows, keys) that are timed: of one row, of a few and of many. No larger, or our own kernel would
+first measure its tiles (kernels/flash_tune.py)."""
 WARM_UPS, REPEATS = 3, 5
 HEAT_S, SERIES_S = 0.5, 0.06
 MARGIN = 0.03
@@ -43,7 +44,9 @@ _measured: dict[str, dict[str, list[str]]] = {}
 
 def kind(case: Case) -> str:
     """What a measurement of this case holds for."""
-    rows = "few" if case.rows < FEW_ROWS and case.keys >= MANY_KEYS else "many"
+    rows = "many"
+    if case.rows < FEW_ROWS and case.keys >= MANY_KEYS:
+        rows = "one" if case.rows == 1 else "few"
     mask = "causal" if case.mask.causal else "full"
     dtype = str(case.dtype).removeprefix("torch.")
     return f"{rows} {mask} {case.num_q_heads}/{case.num_kv_heads} {case.head_dim} {dtype}"

@@ -25,9 +25,11 @@ def case(rows: int, keys: int, causal: bool, device: str = "cpu"):
 def test_kinds_tell_apart_what_decides_between_backends() -> None:
     kinds = {
         choice.kind(case(rows, keys, causal))
-        for rows, keys, causal in ((1, 20_000, False), (1, 100, False), (99, 99, True))
-    }
-    assert len(kinds) == 3
+        for rows, keys, causal in (
+            (1, 20_000, False), (9, 20_000, False), (1, 100, False), (99, 99, True),
+        )
+    }  # fmt: skip
+    assert len(kinds) == 4
     assert choice.kind(case(70, 20_000, False)) == choice.kind(case(1, 100, False))
 
 
@@ -73,7 +75,7 @@ def test_a_gpu_takes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     device = torch.device("cuda", 0)
     measure_backends(device, torch.bfloat16, 8, 2, 64)
     [kinds] = json.loads((tmp_path / "backends.json").read_text()).values()
-    assert len(kinds) == 3
+    assert len(kinds) == 4
     assert all(set(names) <= set(BACKENDS) and len(names) > 1 for names in kinds.values())
     one = case(300, 500, True, "cuda")
     assert choose(one).name == kinds[choice.kind(one)][0]
