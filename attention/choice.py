@@ -3,9 +3,9 @@
     $RINGSPAN_CACHE/backends.json     {device and versions: {kind of call: [names, fastest first]}}
 
 Kinds are told apart by what decides between backends: many rows, a few over many keys or one, with
-a diagonal or without, heads and dtype. `local.choose` asks `order`; without a measurement, and for `deterministic`
-runs, it goes by its own fixed order. Nothing is measured but by `measure`, which a gang's ranks
-call at their start on a GPU.
+a diagonal or without, heads and dtype. `local.choose` asks `order`; without a measurement, and for
+`deterministic` runs, it goes by its own fixed order. Nothing is measured but by `measure`, which a
+gang's ranks call at their start on a GPU.
 
 A GPU at its power limit ranks kernels otherwise than a cool one does in its first tenth of a
 second: with an order measured by single calls, an H200's rings over 131,072 tokens ran 7 to 11 %
