@@ -49,6 +49,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     all_s: tuple[float, ...]
     baseline_s: tuple[float, ...] = ()
     median_ratio: float | None = None
+    predicted_s: float | None = None
+    """By the plan, of the last run; None where speeds were not measured."""
+    exposed_s: tuple[float, ...] = ()
+    """Stood still for exchanges in the last run, by step of the scheme, over chunks and layers."""
+    seen_keys: int = 0
+    audited_rows: int = 0
+    audit_error: float = 0.0
+    """||out - exact|| / ||exact|| of rows of the last run, computed again in fp32."""
+    work_bytes: int = 0
+    """Device memory above weights and KV in the last run; 0 where it is not known."""
     plan: PrefillPlan
     facts: ModelFacts
     ranks: tuple[RankReady, ...]
@@ -128,6 +138,12 @@ def _row(
         all_s=tuple(times),
         baseline_s=tuple(theirs),
         median_ratio=_median_ratio(times, theirs),
+        predicted_s=done.plan.predicted_s or None,
+        exposed_s=done.exposed_s,
+        seen_keys=done.seen_keys,
+        audited_rows=done.audited_rows,
+        audit_error=done.audit_error,
+        work_bytes=done.work_bytes,
         plan=done.plan,
         facts=controller.facts,
         ranks=ready,
