@@ -17,7 +17,7 @@ HEAD = (
 )  # fmt: skip
 PREFILL_HEAD = (
     "tokens", "ranks", "scheme", "layout", "transport", "s", "min to max", "tokens/s", "TFLOP/s",
-    "transformers s", "time/transformers",
+    "transformers s", "time/transformers", "predicted s", "exposed s", "error",
 )  # fmt: skip
 LEFT = {"scheme", "layout", "transport", "kernel", "min to max"}
 
@@ -125,6 +125,9 @@ def prefill_cells(row: PrefillRow) -> tuple[str, ...]:
         _number(row.tflops_per_s),
         _number(statistics.median(row.baseline_s)) if row.baseline_s else "",
         "" if row.median_ratio is None else f"{row.median_ratio:.3f}",
+        "" if row.predicted_s is None else _number(row.predicted_s),
+        _number(sum(row.exposed_s)) if any(row.exposed_s) else "",
+        f"{row.audit_error:.1e}" if row.audited_rows else "",
     )
 
 
