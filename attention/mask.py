@@ -67,7 +67,8 @@ def _causal(q_spans: Sequence[Span], k_spans: Sequence[Span]) -> Iterator[Piece]
         elif prefix:
             yield Piece(q0, q1, 0, prefix)
         for first, k in partial:
-            yield Piece(q0, q1, first, first + k.tokens, True, q.start - k.start)
+            blind = max(0, k.start - q.start)  # rows that lie before all of k
+            yield Piece(q0 + blind, q1, first, first + k.tokens, True, q.start + blind - k.start)
         q0 = q1
 
 

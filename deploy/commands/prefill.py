@@ -237,9 +237,9 @@ def _say_proof(done: Prefilled) -> None:
         else ""
     )
     _say(f"every row saw its keys, {done.seen_keys:.4g} counted over heads and layers{audited}")
-    if any(done.exposed_s):
+    if any(done.exposed_s[1:]):  # step 0 waits for nothing but the proof's own exchanges
         steps = ", ".join(f"{seconds:.3g}" for seconds in done.exposed_s[1:])
-        _say(f"stood still for exchanges, by step: {steps} s")
+        _say(f"stood still for exchanges, by step of the scheme: {steps} s")
 
 
 def _say_prediction(done: Prefilled) -> None:
