@@ -1,7 +1,8 @@
 """The parts of some query rows, gathered as they come and merged once.
 
 Merging two parts at a time reads and writes fp32 accumulators at every hop: at 4,096 rows over
-2,048 keys that is a quarter of the attention's own time on an H200. So parts are kept as they come
+2,048 keys these bytes alone take a quarter of the attention's own time on an H200 (168 MB at 4 TB/s
+beside 0.18 ms). So parts are kept as they come
 (in the compute dtype, as the kernels give them) and merged n ways at the end, each read once; only
 when they would take more than `HELD_BYTES` are they folded into fp32. A backend that carries
 accumulators needs neither: it continues the fp32 part where the last piece left it.

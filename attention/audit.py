@@ -51,6 +51,14 @@ class Audit:
         self._layers, self._seed, self._rows = layers, seed, rows
         self._found: list[tuple[int, torch.Tensor, torch.Tensor, torch.dtype]] = []
 
+    @classmethod
+    def drawn(cls, seed: int, num_layers: int, rows: int) -> Audit | None:
+        """Of one layer, drawn by `seed` as every rank draws it; None for no rows."""
+        if not rows:
+            return None
+        layer = int(np.random.default_rng((seed, num_layers)).integers(num_layers))
+        return cls(frozenset((layer,)), seed, rows)
+
     def wants(self, layer: int) -> bool:
         return layer in self._layers
 

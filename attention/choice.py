@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -27,10 +26,10 @@ from pathlib import Path
 import torch
 
 from ringspan.attention.backends.case import Backend, Case, Mask
+from ringspan.attention.cost import FEW_ROWS, MANY_KEYS
+from ringspan.attention.models.cache import cache_folder, keep_whole
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-FEW_ROWS, MANY_KEYS = 64, 16_384
-"""Fewer rows than that over at least so many keys is decoding."""
 SHAPES = {"one": (1, 131_072), "few": (16, 131_072), "many": (4096, 4096)}
 """(rows, keys) that are timed: of one row, of a few and of many. No larger, or our own kernel would
 first measure its tiles (kernels/flash_tune.py)."""
@@ -163,8 +162,7 @@ def _device_key(index: int | None) -> str:
 
 
 def _file() -> Path:
-    folder = os.environ.get("RINGSPAN_CACHE") or "~/.cache/ringspan"
-    return Path(folder).expanduser() / "backends.json"
+    return cache_folder() / "backends.json"
 
 
 def _read() -> dict[str, dict[str, list[str]]]:
@@ -184,9 +182,4 @@ def _keep(device: str, orders: dict[str, list[str]]) -> None:
     held = _read()
     held.setdefault(device, {}).update(orders)
     _measured[device] = held[device]
-    path = _file()
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(held, indent=2))
-        scratch.replace(path)
+    keep_whole(_file(), json.dumps(held, indent=2).encode())

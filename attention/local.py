@@ -20,6 +20,7 @@ from ringspan.attention.backends.cudnn import CUDNN
 from ringspan.attention.backends.fa4 import FA4
 from ringspan.attention.backends.reference import REFERENCE
 from ringspan.attention.backends.triton_flash import TRITON
+from ringspan.attention.cost import FEW_ROWS, MANY_KEYS
 from ringspan.errors import BadInput, UnknownName
 from ringspan.types import Part
 
@@ -93,8 +94,7 @@ def attend(
 def carrying(backend: str, q: torch.Tensor) -> bool:
     """Whether `attend` with this backend would continue accumulators: only where it is named.
 
-    `auto` takes the fastest kernel for each piece, whose parts are merged at the end; that costs
-    less than what a carrying kernel is slower (measured, see `ringspan bench attention`).
+    `auto` takes the fastest kernel for each piece, whose parts are merged once at the end.
     """
     named = _named(backend)
     return named is not None and named.run_into is not None
@@ -165,7 +165,7 @@ def _order(case: Case, by_rule: bool) -> tuple[str, ...]:
     """
     if not by_rule and (measured := choice.order(case)) is not None:
         return (*measured, *BACKENDS)
-    if case.rows < choice.FEW_ROWS and case.keys >= choice.MANY_KEYS:
+    if case.rows < FEW_ROWS and case.keys >= MANY_KEYS:
         return ("cudnn", "triton", *BACKENDS)
     return tuple(BACKENDS)
 

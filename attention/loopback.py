@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from ringspan.attention.exposure import Exposure
-from ringspan.attention.transport import Message, as_bytes
+from ringspan.attention.transport import ByMessages, Message, as_bytes
 from ringspan.errors import PeerTimeout
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class LoopbackWorld:
         self._wakes[parcel.src].notify()
 
 
-class LoopbackTransport:
+class LoopbackTransport(ByMessages):
     """One rank's end of a LoopbackWorld."""
 
     def __init__(self, world: LoopbackWorld, rank: int, device: torch.device) -> None:
@@ -198,23 +198,6 @@ class LoopbackTransport:
                 parcel.copied = torch.cuda.Event()
                 parcel.copied.record()
         self.world.taken(parcel)
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
-        x = x.contiguous()
-        out[self.rank].copy_(x)
-        others = [peer for peer in range(self.world_size) if peer != self.rank]
-        self.start(
-            [Message(x, peer) for peer in others], [Message(out[peer], peer) for peer in others]
-        ).wait()
-        return out
-
-    def broadcast(self, x: torch.Tensor, src: int) -> None:
-        others = [peer for peer in range(self.world_size) if peer != src]
-        if self.rank == src:
-            self.start([Message(x, peer) for peer in others], []).wait()
-        else:
-            self.start([], [Message(x, src)]).wait()
 
     def close(self) -> None:
         pass

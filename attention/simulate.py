@@ -27,7 +27,7 @@ from ringspan.attention.layer import Layer
 from ringspan.attention.mask import Piece, seen_keys
 from ringspan.attention.problem import Problem
 from ringspan.attention.schemes.table import Scheme, scheme_named
-from ringspan.attention.transport import Message
+from ringspan.attention.transport import ByMessages, Message
 from ringspan.types import Part
 
 META = torch.device("meta")
@@ -84,7 +84,7 @@ class SimulatedWorld:
         self.programs[rank].append(Work(what, device_s, host_s, num_bytes))
 
 
-class SimulatedTransport:
+class SimulatedTransport(ByMessages):
     """Writes down what its rank exchanges. Received tensors hold nothing."""
 
     def __init__(self, world: SimulatedWorld, rank: int) -> None:
@@ -102,21 +102,6 @@ class SimulatedTransport:
         self.sent_bytes += sum(num_bytes for _, num_bytes in sent)
         self.world.programs[self.rank].append(Start(number, step, sent, received))
         return SimulatedPending(self, number)
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=META)
-        others = [peer for peer in range(self.world_size) if peer != self.rank]
-        self.start(
-            [Message(x, peer) for peer in others], [Message(out[peer], peer) for peer in others]
-        ).wait()
-        return out
-
-    def broadcast(self, x: torch.Tensor, src: int) -> None:
-        others = [peer for peer in range(self.world_size) if peer != src]
-        if self.rank == src:
-            self.start([Message(x, peer) for peer in others], []).wait()
-        else:
-            self.start([], [Message(x, src)]).wait()
 
     def close(self) -> None:
         pass

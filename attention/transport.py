@@ -10,6 +10,7 @@ then names the peer. Bytes travel as they are: shapes are known to both sides fr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -60,7 +61,36 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-class SubTransport:
+class ByMessages(ABC):
+    """Collectives made of an exchange, for transports that have nothing better."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def start(
+        self, sends: Sequence[Message], recvs: Sequence[Message], step: int = 0
+    ) -> Pending: ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
+        x = x.contiguous()
+        out[self.rank].copy_(x)
+        others = [peer for peer in range(self.world_size) if peer != self.rank]
+        self.start(
+            [Message(x, peer) for peer in others], [Message(out[p], p) for p in others]
+        ).wait()
+        return out
+
+    def broadcast(self, x: torch.Tensor, src: int) -> None:
+        others = [peer for peer in range(self.world_size) if peer != src]
+        if self.rank == src:
+            self.start([Message(x, peer) for peer in others], []).wait()
+        else:
+            self.start([], [Message(x, src)]).wait()
+
+
+class SubTransport(ByMessages):
     """Some of the ranks of a transport, numbered from 0 in the order given; this rank is one of
     them. Its steps count from `first_step` of the whole."""
 
@@ -86,23 +116,6 @@ class SubTransport:
             [Message(m.tensor, self._ranks[m.peer]) for m in recvs],
             self._first_step + step,
         )
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
-        out[self.rank].copy_(x)
-        others = [peer for peer in range(self.world_size) if peer != self.rank]
-        x = out[self.rank]
-        self.start(
-            [Message(x, peer) for peer in others], [Message(out[p], p) for p in others]
-        ).wait()
-        return out
-
-    def broadcast(self, x: torch.Tensor, src: int) -> None:
-        others = [peer for peer in range(self.world_size) if peer != src]
-        if self.rank == src:
-            self.start([Message(x, peer) for peer in others], []).wait()
-        else:
-            self.start([], [Message(x, src)]).wait()
 
     def close(self) -> None:
         """The whole is closed by whoever made it."""

@@ -175,10 +175,7 @@ class Answers:
         dealt = self._tail_deal(chunk, tail.page_tokens)
         so_far = self._tail_deal(Span(context.num_tokens, chunk.start), tail.page_tokens)
         mine = dealt[runtime.rank]
-        audit = None
-        if audit_rows:
-            layer = (7 * (chunk.start // tail.page_tokens) + 1) % runtime.facts.num_layers
-            audit = Audit(frozenset((layer,)), seed=chunk.start, rows=audit_rows)
+        audit = Audit.drawn(chunk.start, runtime.facts.num_layers, audit_rows)
         tail.reserve(mine)
         step = PrefillStep(
             runtime.transport,

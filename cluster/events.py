@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ringspan.cluster.messages import Message, PrefillPlan
+from ringspan.cluster.messages import Findings, Message, PrefillPlan
 from ringspan.errors import RingspanError
 from ringspan.types import Span
 
@@ -57,17 +57,9 @@ class PrefillDone(Message, frozen=True, kw_only=True):
     """Encoded, over all ranks."""
     sent_bytes: int = 0
     exchange_s: float = 0.0
-    exposed_s: tuple[float, ...] = ()
-    """How long computing stood still for exchanges, by step of the scheme, over all chunks and
-    layers: of the rank that waited longest. From device timestamps on a GPU."""
-    seen_keys: int = 0
-    """(query, key) pairs, counted over heads and layers as they were computed, and found right."""
-    audited_rows: int = 0
-    audit_error: float = 0.0
-    """The worst of the audits: ||out - exact|| / ||exact||, exact in fp32."""
-    work_bytes: int = 0
-    """Memory above weights and KV at its fullest, of the rank that took most."""
     """Waited for peers, summed over ranks (CPU ranks only)."""
+    findings: Findings = Findings()
+    """Of all ranks and chunks."""
     flops: float = 0.0
     timings: PrefillTimings = PrefillTimings()
 

@@ -6,6 +6,9 @@ docstring is the arrow: sender -> receiver, and what is now true.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import zip_longest
+
 import msgspec
 
 from ringspan.attention.cost import Link, Speeds
@@ -93,6 +96,38 @@ class PrefillPlan(Message, frozen=True, kw_only=True):
         return tuple(Span(s, min(s + self.chunk_tokens, self.num_tokens)) for s in starts)
 
 
+class Findings(Message, frozen=True, kw_only=True):
+    """rank -> controller -> record: what steps proved of themselves, and what they stood still and
+    took. Those of ranks go `beside` each other, those of a later chunk `then` come."""
+
+    exposed_s: tuple[float, ...] = ()
+    """By step of the scheme, over layers and chunks: how long computing stood still for an
+    exchange, on the rank that waited longest; device timestamps on a GPU, host time on a CPU."""
+    seen_keys: int = 0
+    """Keys that the rows saw, counted over heads and layers and found to be what the mask says."""
+    audited_rows: int = 0
+    audit_error: float = 0.0
+    """The worst ||out - exact|| / ||exact|| over audited rows, exact in fp32 over all shards."""
+    work_bytes: int = 0
+    """The device's memory at its fullest, without weights and KV; 0 where that is not known."""
+
+    def beside(self, other: Findings) -> Findings:
+        return self._with(other, max)
+
+    def then(self, other: Findings) -> Findings:
+        return self._with(other, lambda a, b: a + b)
+
+    def _with(self, other: Findings, waits: Callable[[float, float], float]) -> Findings:
+        pairs = zip_longest(self.exposed_s, other.exposed_s, fillvalue=0.0)
+        return Findings(
+            exposed_s=tuple(waits(a, b) for a, b in pairs),
+            seen_keys=self.seen_keys + other.seen_keys,
+            audited_rows=self.audited_rows + other.audited_rows,
+            audit_error=max(self.audit_error, other.audit_error),
+            work_bytes=max(self.work_bytes, other.work_bytes),
+        )
+
+
 class ChunkDone(Message, frozen=True, kw_only=True):
     """rank -> controller: this rank's pages of the chunk are in its pool."""
 
@@ -105,17 +140,7 @@ class ChunkDone(Message, frozen=True, kw_only=True):
     elapsed_s: float
     exchange_s: float
     """Host time spent waiting for peers."""
-    exposed_s: tuple[float, ...] = ()
-    """By step of the scheme, over all layers: how long computing stood still for an exchange; from
-    device timestamps on a GPU, host time on a CPU."""
-    seen_keys: int = 0
-    """Keys that this rank's rows saw, counted over heads and layers and found to be what the mask
-    says."""
-    audited_rows: int = 0
-    audit_error: float = 0.0
-    """||out - exact|| / ||exact|| over the audited rows, exact in fp32 over all shards."""
-    work_bytes: int = 0
-    """The device's memory at its fullest, without weights and KV; 0 where that is not known."""
+    findings: Findings
     sent_bytes: int
     kv_bytes: int
     """Encoded KV bytes that this rank now holds for the context."""

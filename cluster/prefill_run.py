@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from functools import reduce
 
 from ringspan.cluster.events import PrefillDone, PrefillProgress, PrefillTimings
-from ringspan.cluster.messages import ChunkDone, PrefillPlan
+from ringspan.cluster.messages import ChunkDone, Findings, PrefillPlan
 from ringspan.cluster.pace import Pace
 
 
@@ -22,12 +22,7 @@ class PrefillRun:
     kv_bytes: int = 0
     sent_bytes: int = 0
     exchange_s: float = 0.0
-    exposed_s: tuple[float, ...] = ()
-    """By step of the scheme, over all chunks and layers, of the rank that stood still longest."""
-    seen_keys: int = 0
-    audited_rows: int = 0
-    audit_error: float = 0.0
-    work_bytes: int = 0
+    findings: Findings = field(default_factory=Findings)
     chunk_s: tuple[float, ...] = ()
 
     def add(self, done: list[ChunkDone]) -> PrefillProgress:
@@ -38,12 +33,7 @@ class PrefillRun:
         self.kv_bytes = sum(rank.kv_bytes for rank in done)
         self.sent_bytes += sum(rank.sent_bytes for rank in done)
         self.exchange_s += sum(rank.exchange_s for rank in done)
-        worst = [max(steps) for steps in zip_longest(*(r.exposed_s for r in done), fillvalue=0.0)]
-        self.exposed_s = tuple(map(sum, zip_longest(self.exposed_s, worst, fillvalue=0.0)))
-        self.seen_keys += sum(rank.seen_keys for rank in done)
-        self.audited_rows += sum(rank.audited_rows for rank in done)
-        self.audit_error = max(self.audit_error, *(rank.audit_error for rank in done))
-        self.work_bytes = max(self.work_bytes, *(rank.work_bytes for rank in done))
+        self.findings = self.findings.then(reduce(Findings.beside, (r.findings for r in done)))
         span = done[0].span
         elapsed_s = time.perf_counter() - self.began
         return PrefillProgress(
@@ -73,11 +63,7 @@ class PrefillRun:
             kv_bytes=self.kv_bytes,
             sent_bytes=self.sent_bytes,
             exchange_s=self.exchange_s,
-            exposed_s=self.exposed_s,
-            seen_keys=self.seen_keys,
-            audited_rows=self.audited_rows,
-            audit_error=self.audit_error,
-            work_bytes=self.work_bytes,
+            findings=self.findings,
             flops=self.pace.total_flops,
             timings=timings,
         )

@@ -18,7 +18,7 @@ from ringspan.attention.engine import HeldKeys, PrefillStep, Proof
 from ringspan.attention.group import synchronize
 from ringspan.attention.layout import Deal, deal, positions
 from ringspan.cluster.device import on_device
-from ringspan.cluster.messages import ChunkDone, PrefillPlan, ShardOpened, ShardSaved
+from ringspan.cluster.messages import ChunkDone, Findings, PrefillPlan, ShardOpened, ShardSaved
 from ringspan.cluster.runtime import Runtime
 from ringspan.errors import BadInput, CorruptPage, TooLarge
 from ringspan.kvstore.batches import batches
@@ -160,11 +160,13 @@ class Contexts:
             rank_tokens=total_tokens(self._dealt(prefill.plan, span)[self._rank]),
             elapsed_s=time.perf_counter() - began,
             exchange_s=transport.exchange_s - waited,
-            exposed_s=transport.exposure.collect(),
-            seen_keys=proof.seen or 0,
-            audited_rows=proof.audit.rows if proof.audit else 0,
-            audit_error=proof.audit.relative_error if proof.audit else 0.0,
-            work_bytes=self._runtime.work_bytes(),
+            findings=Findings(
+                exposed_s=transport.exposure.collect(),
+                seen_keys=proof.seen or 0,
+                audited_rows=proof.audit.rows if proof.audit else 0,
+                audit_error=proof.audit.relative_error if proof.audit else 0.0,
+                work_bytes=self._runtime.work_bytes(),
+            ),
             sent_bytes=transport.sent_bytes - sent,
             kv_bytes=held.shard.kv_bytes,
         )
@@ -199,7 +201,7 @@ class Contexts:
             dealt,
             (HeldKeys(held.shard, held.held),),
             deterministic=plan.deterministic,
-            audit=self._audit(plan, chunk_index),
+            audit=Audit.drawn(chunk_index, runtime.facts.num_layers, plan.audit_rows),
         )
         # A rank that got no tokens still serves every hop: it takes one that counts for nothing.
         where = positions(spans) if spans else torch.zeros(1, dtype=torch.int64)
@@ -223,13 +225,6 @@ class Contexts:
         )
         prefill.chunks_done += 1
         return out, proof
-
-    def _audit(self, plan: PrefillPlan, chunk_index: int) -> Audit | None:
-        """At one layer of each chunk, another one every time."""
-        if not plan.audit_rows:
-            return None
-        layer = (7 * chunk_index + 1) % self._runtime.facts.num_layers
-        return Audit(frozenset((layer,)), seed=chunk_index, rows=plan.audit_rows)
 
     def save(self, context_id: str, staging: str) -> ShardSaved:
         """Writes this rank's pages into the staging folder."""

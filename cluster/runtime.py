@@ -92,7 +92,7 @@ class Runtime:
             self._model, self.facts = loaded.model, loaded.facts
             self.dtype = getattr(torch, loaded.facts.dtype)
             self._weights_bytes = loaded.weights_bytes
-            self._shared = loopback = isinstance(rendezvous, LoopbackWorld)
+            loopback = isinstance(rendezvous, LoopbackWorld)
             sharers = spec.world_size if loopback or self.device.type == "cpu" else 1
             free = free_bytes(self.device)
             reserve = RESERVE_BYTES[self.device.type]
@@ -148,7 +148,7 @@ class Runtime:
     def work_bytes(self) -> int:
         """The device's memory at its fullest since the last reset, without weights and KV; 0 on a
         CPU, and where loopback ranks share it."""
-        if self.device.type != "cuda" or (self._shared and self.spec.world_size > 1):
+        if self.device.type != "cuda" or (self._loopback and self.spec.world_size > 1):
             return 0
         peak = torch.cuda.max_memory_allocated(self.device)
         return max(0, peak - self._weights_bytes - self.pool.in_use_bytes)

@@ -11,9 +11,7 @@ backends, our own code, heads and model shape. One that cannot be read counts as
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import msgspec
 import torch
 
 import ringspan
+from ringspan.attention.choice import PACKAGES
 from ringspan.attention.compute import Compute, Rules
 from ringspan.attention.cost import (
     LARGE_GEMM_ROWS,
@@ -37,13 +36,12 @@ from ringspan.attention.cost import (
     model_shape,
 )
 from ringspan.attention.mask import Piece
-from ringspan.attention.models.cache import cache_folder
+from ringspan.attention.models.cache import cache_folder, keep_whole
 from ringspan.cluster.device import product_name
 from ringspan.cluster.messages import ModelFacts
 from ringspan.kvstore.codecs.registry import CODECS
 from ringspan.types import Part
 
-PACKAGES = ("torch", "triton", "flash-attn-4", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 TILE_ROWS = 128
 """Of FlashAttention 4, cuDNN and our kernels on data-centre GPUs."""
 
@@ -116,16 +114,8 @@ def cached_speeds(key: dict[str, str]) -> Speeds | None:
 
 def keep_speeds(key: dict[str, str], speeds: Speeds) -> None:
     """Whole or not at all. A folder that cannot be written costs a measurement next time."""
-    path = _path(key)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     data = msgspec.json.format(msgspec.json.encode(_Cached(key=key, speeds=speeds)), indent=2)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(data)
-        scratch.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+    keep_whole(_path(key), data)
 
 
 def speeds_of(

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from ringspan.cluster.events import PrefillDone
-from ringspan.cluster.messages import LongTurn, PrefillPlan, RankReady
+from ringspan.cluster.messages import Findings, LongTurn, PrefillPlan, RankReady
 from ringspan.deploy.machine import Hardware, hardware, versions
 from ringspan.errors import BadInput, StoreError
 
@@ -55,16 +55,8 @@ class Prefilled(msgspec.Struct, frozen=True, kw_only=True):
     """elapsed_s / predicted_s."""
     chunk_ratio: tuple[float, ...] = ()
     """chunk_s / predicted_chunk_s."""
-    exposed_s: tuple[float, ...] = ()
-    """Stood still for exchanges, by step of the scheme, over all chunks and layers: the rank that
-    waited longest. Device time on a GPU."""
-    seen_keys: int = 0
-    """(query, key) pairs over heads and layers, counted as computed, and found right."""
-    audited_rows: int = 0
-    audit_error: float = 0.0
-    """||out - exact|| / ||exact|| of rows recomputed in fp32 over all shards, the worst chunk's."""
-    work_bytes: int = 0
-    """Device memory above weights and KV at its fullest; 0 where it is not known."""
+    findings: Findings = Findings()
+    """Proof, waits and memory, of all ranks and chunks."""
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,11 +127,7 @@ def prefilled(done: PrefillDone, ranks: Sequence[RankReady]) -> Prefilled:
         kv_bytes=done.kv_bytes,
         sent_bytes=done.sent_bytes,
         exchange_s=done.exchange_s,
-        exposed_s=done.exposed_s,
-        seen_keys=done.seen_keys,
-        audited_rows=done.audited_rows,
-        audit_error=done.audit_error,
-        work_bytes=done.work_bytes,
+        findings=done.findings,
         chunk_s=done.timings.chunk_s,
         predicted_s=plan.predicted_s,
         predicted_chunk_s=plan.predicted_chunk_s,

@@ -24,6 +24,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RINGSPAN_CACHE") or "~/.cache/ringspan").expanduser()
 
 
+def keep_whole(path: Path, data: bytes) -> None:
+    """What can be measured again: written whole or not at all; a folder that cannot be written is
+    no error, it costs the measurement next time."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
 def published(entry: Path, make: Callable[[Path], None], timeout_s: float) -> Path:
     """`entry`, made by `make(partial_folder)` if it does not exist yet.
 

@@ -24,7 +24,7 @@ import numpy as np
 import ringspan
 from ringspan.attention.models.facts import prefill_flops
 from ringspan.cluster.controller import Controller
-from ringspan.cluster.messages import GangSpec, ModelFacts, PrefillPlan, RankReady
+from ringspan.cluster.messages import Findings, GangSpec, ModelFacts, PrefillPlan, RankReady
 from ringspan.cluster.planner import PrefillOptions
 from ringspan.deploy.bench.baseline import Baseline, BaselineSpec
 from ringspan.deploy.gangs import open_gang, open_ray
@@ -51,14 +51,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     median_ratio: float | None = None
     predicted_s: float | None = None
     """By the plan, of the last run; None where speeds were not measured."""
-    exposed_s: tuple[float, ...] = ()
-    """Stood still for exchanges in the last run, by step of the scheme, over chunks and layers."""
-    seen_keys: int = 0
-    audited_rows: int = 0
-    audit_error: float = 0.0
-    """||out - exact|| / ||exact|| of rows of the last run, computed again in fp32."""
-    work_bytes: int = 0
-    """Device memory above weights and KV in the last run; 0 where it is not known."""
+    findings: Findings = Findings()
+    """Of the last run."""
     plan: PrefillPlan
     facts: ModelFacts
     ranks: tuple[RankReady, ...]
@@ -139,11 +133,7 @@ def _row(
         baseline_s=tuple(theirs),
         median_ratio=_median_ratio(times, theirs),
         predicted_s=done.plan.predicted_s or None,
-        exposed_s=done.exposed_s,
-        seen_keys=done.seen_keys,
-        audited_rows=done.audited_rows,
-        audit_error=done.audit_error,
-        work_bytes=done.work_bytes,
+        findings=done.findings,
         plan=done.plan,
         facts=controller.facts,
         ranks=ready,

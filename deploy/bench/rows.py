@@ -86,6 +86,6 @@ def _prefill(row: PrefillRow) -> Point:
         seconds=row.median_s,
         ideal_s=None,
         devices=row.devices,
-        exposed_s=row.exposed_s,
+        exposed_s=row.findings.exposed_s,
         machine=f"prefill of {row.facts.name}, {row.facts.dtype}: {row.ranks[0].device_name}",
     )

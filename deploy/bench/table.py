@@ -113,6 +113,7 @@ def _filled(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, 
 
 
 def prefill_cells(row: PrefillRow) -> tuple[str, ...]:
+    found = row.findings
     return (
         f"{row.tokens:,}",
         str(len(row.ranks)),
@@ -126,8 +127,8 @@ def prefill_cells(row: PrefillRow) -> tuple[str, ...]:
         _number(statistics.median(row.baseline_s)) if row.baseline_s else "",
         "" if row.median_ratio is None else f"{row.median_ratio:.3f}",
         "" if row.predicted_s is None else _number(row.predicted_s),
-        _number(sum(row.exposed_s)) if any(row.exposed_s) else "",
-        f"{row.audit_error:.1e}" if row.audited_rows else "",
+        _number(sum(found.exposed_s)) if any(found.exposed_s) else "",
+        f"{found.audit_error:.1e}" if found.audited_rows else "",
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringspan.attention.models.facts import prefill_flops
-from ringspan.cluster.messages import GangSpec, ModelSpec, PrefillPlan
+from ringspan.cluster.messages import Findings, GangSpec, ModelSpec, PrefillPlan
 from ringspan.deploy.checks import (
     check_gang,
     check_model,
@@ -226,11 +226,11 @@ def _run(
         f" {record.prefill.tflops_per_device:.3g} TFLOP/s a device);"
         f" saved {bytes_words(done.kv_bytes)} in {done.timings.save_s:.1f} s"
     )
-    _say_proof(record.prefill)
+    _say_findings(done.findings)
     _say_prediction(record.prefill)
 
 
-def _say_proof(done: Prefilled) -> None:
+def _say_findings(done: Findings) -> None:
     audited = (
         f"; {done.audited_rows} rows computed again in fp32: off by {done.audit_error:.1e}"
         if done.audited_rows

@@ -65,6 +65,11 @@ def prefilled(
     assert done.saved
     assert not done.reused
     assert len(done.timings.chunk_s) == 3
+    facts, n = controller.facts, len(TOKENS)
+    assert done.findings.seen_keys == facts.num_layers * facts.num_q_heads * n * (n + 1) // 2
+    assert done.findings.audited_rows == 3 * 2 * done.plan.audit_rows
+    assert 0 < done.findings.audit_error < 1e-5
+    assert sum(done.findings.exposed_s) > 0
     assert staging_left(store) == []
     return store, done.context_id, answer(controller, done.context_id)
 

@@ -11,6 +11,7 @@ import ringspan.cluster.events as events  # so that its messages are known here
 from ringspan.cluster.messages import (
     AnswerRequest,
     ChunkDone,
+    Findings,
     GangSpec,
     Message,
     ModelFacts,
@@ -31,6 +32,7 @@ def all_messages(base: type[Message] = Message) -> Iterator[type[Message]]:
         yield from all_messages(message)
 
 
+FINDINGS = Findings(exposed_s=(0.0, 0.5), seen_keys=9, audited_rows=4, audit_error=1e-6)
 PLAN = PrefillPlan(
     context_id="ab" * 8,
     num_tokens=1000,
@@ -80,6 +82,7 @@ EXAMPLES: tuple[Message, ...] = (
         free_bytes=2,
         elapsed_s=0.5,
     ),
+    FINDINGS,
     ChunkDone(
         context_id="ab" * 8,
         rank=0,
@@ -88,6 +91,7 @@ EXAMPLES: tuple[Message, ...] = (
         rank_tokens=116,
         elapsed_s=1.5,
         exchange_s=0.25,
+        findings=FINDINGS,
         sent_bytes=10,
         kv_bytes=20,
     ),
@@ -132,3 +136,14 @@ def test_a_span_that_runs_backwards_is_refused_with_its_place() -> None:
 
 def test_chunks_tile_the_context_and_the_last_may_be_short() -> None:
     assert PLAN.chunks == (Span(0, 384), Span(384, 768), Span(768, 1000))
+
+
+def test_findings_of_ranks_stand_beside_each_other_and_those_of_chunks_follow() -> None:
+    a = Findings(exposed_s=(1.0, 5.0), seen_keys=3, audited_rows=1, audit_error=0.5, work_bytes=7)
+    b = Findings(exposed_s=(2.0,), seen_keys=4, audited_rows=2, audit_error=0.25, work_bytes=9)
+    both = Findings(
+        exposed_s=(2.0, 5.0), seen_keys=7, audited_rows=3, audit_error=0.5, work_bytes=9
+    )
+    assert a.beside(b) == b.beside(a) == both
+    assert a.then(b) == msgspec.structs.replace(both, exposed_s=(3.0, 5.0))
+    assert Findings().then(a) == a
