@@ -7,6 +7,11 @@ Attention: tiles of `tile_rows` rows of one head go to `units` processors (a GPU
     waves   = ceil(fill)                               full rectangles: equal tiles, whole waves
               max(fill + 1/2, keys / mean keys a row)  causal: the long tiles start first
 
+A rectangle of few tiles among others leaves units idle that the piece on the other stream takes
+(`Compute` alternates two): of those `attend_s` counts max(fill, ceil(fill) / 2) waves. 64 calls of
+128 to 256 rows over 131,072 keys (pass-q over eight loopback ranks) took 1.65 times the time of one
+large call on an H200; whole waves would be 3.0, pairs of half waves are 1.5.
+
 pairs counts (query, key, head); of a causal block also what its diagonal tiles compute in vain, and
 its pair_s is its own. The constants are the non-negative least squares of relative errors over a
 few measured shapes. On thirteen shapes of FlashAttention 4 on a warm H200 (2,048 to 131,072 rows,
@@ -29,6 +34,8 @@ from ringspan.specs import ModelFacts
 
 FEW_ROWS, MANY_KEYS = 64, 16_384
 """Below so many rows over so many keys a call reads keys and does little else."""
+STREAMS = 2
+"""Of `Compute`, in turn for its pieces."""
 SMALL_GEMM_ROWS, LARGE_GEMM_ROWS = 512, 16_384
 
 
@@ -50,11 +57,24 @@ class AttentionFit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     units: int = 1
     tile_rows: int = 1
 
-    def seconds(self, rows: int, keys: int, pairs: float, causal: bool, heads: int) -> float:
-        """pairs: (query, key) pairs that are seen, of one head."""
+    def seconds(
+        self,
+        rows: int,
+        keys: int,
+        pairs: float,
+        causal: bool,
+        heads: int,
+        *,
+        streams: int = 1,
+    ) -> float:
+        """pairs: (query, key) pairs that are seen, of one head. streams: how many calls may run
+        side by side."""
         if not rows or not pairs:
             return 0.0
         waves, work = self._terms(rows, keys, pairs, causal, heads)
+        fill = math.ceil(rows / self.tile_rows) * heads / self.units
+        if not causal and streams > 1 and waves > (shared := max(fill, waves / streams)):
+            waves, work = shared, work * shared / waves
         pair_s = self.causal_pair_s if causal else self.pair_s
         return self.fixed_s + self.tile_s * waves + pair_s * work
 
@@ -119,7 +139,7 @@ class Speeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             width = {"float32": 4}.get(self.dtype, 2)
             read_s = 2 * keys * kv_heads * self.head_dim * width / self.scan_bytes_per_s
             return self.attention.fixed_s + max(read_s, self.attention.pair_s * pairs * heads)
-        return self.attention.seconds(rows, keys, pairs, causal, heads)
+        return self.attention.seconds(rows, keys, pairs, causal, heads, streams=STREAMS)
 
     def copy_s(self, num_bytes: float) -> float:
         """Of moving `num_bytes`: they are read and written."""
