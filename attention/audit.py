@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ringspan.attention.kv import cut_units
 from ringspan.attention.layer import Layer
 from ringspan.attention.layout import positions
 from ringspan.errors import WrongAttention
@@ -25,6 +26,7 @@ from ringspan.types import Part
 ROWS = 4
 """Drawn on each rank."""
 TILE_KEYS = 16_384
+"""Decoded and attended to at a time; a multiple of every page."""
 
 ALLOWED = {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 5e-3, torch.float64: 5e-3}
 """Of ||out - exact|| / ||exact|| over the drawn rows. A bf16 kernel rounds weights and results to 8
@@ -154,7 +156,7 @@ def _attend(layer: Layer, q: torch.Tensor, rows: _Rows) -> Part:
                 torch.empty((k1 - k0, hkv, dim), dtype=layer.q.dtype, device=q.device)
                 for _ in range(2)
             )
-            source.codec.decode(tuple(t[k0:k1] for t in tensors), keys, values)
+            source.codec.decode(cut_units(tensors, specs, k0, k1), keys, values)
             scores = queries @ keys.float().permute(1, 2, 0)
             if layer.rules.softcap:
                 scores = layer.rules.softcap * torch.tanh(scores / layer.rules.softcap)

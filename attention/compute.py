@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from ringspan.attention.kv import Codec
+from ringspan.attention.kv import AttendsInPlace, Codec
 from ringspan.attention.local import attend, carrying
 from ringspan.attention.mask import Piece
+from ringspan.attention.staging import Staging
 from ringspan.kernels.merge import merge_many
 from ringspan.types import Part
 
@@ -54,6 +55,7 @@ class Compute:
         self.backend, self._alternate = backend, alternate
         self._sides: tuple[_Side, ...] = ()
         self._next = 0
+        self._staging = Staging()
 
     def join(self) -> None:
         """The current stream goes on behind all pieces."""
@@ -134,11 +136,47 @@ class Compute:
             softcap=rules.softcap, scale=rules.scale, backend=self.backend, into=into,
         )  # fmt: skip
 
+    def attend_encoded(
+        self,
+        codec: Codec,
+        q: torch.Tensor,
+        tensors: tuple[torch.Tensor, ...],
+        piece: Piece,
+        rules: Rules,
+    ) -> Part | None:
+        """As `attend`, over the codes as they lie; None where the codec cannot, or where decoding
+        is faster. `tensors` [units, ...] hold the keys that the piece counts."""
+        if piece.causal or piece.window is not None or not isinstance(codec, AttendsInPlace):
+            return None
+        if not codec.serves(q, tensors):
+            return None
+        # On the current stream: calls share the workspace that their splits are merged from.
+        return codec.attend(
+            q, tensors, first=piece.k0, stop=piece.k1, scale=rules.scale, softcap=rules.softcap
+        )
+
+    def next_place(self) -> int:
+        """Of the two for decoded keys (staging.py), the one to `decode` to."""
+        return self._staging.take()
+
     def decode(
-        self, codec: Codec, tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor
+        self,
+        codec: Codec,
+        tensors: tuple[torch.Tensor, ...],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        place: int,
     ) -> None:
-        self.join()  # pieces may still read what was decoded last
-        codec.decode(tensors, k, v)
+        """Start decoding to k, v [T, Hkv, D], the memory of `place`; see `decoded`."""
+        self._staging.fill(place, k.device, lambda: codec.decode(tensors, k, v))
+
+    def decoded(self, place: int) -> None:
+        """Pieces from now on may read what was decoded to `place`."""
+        self._staging.filled(place)
+
+    def has_read(self, place: int) -> None:
+        """No piece after those so far reads `place` before it is decoded to again."""
+        self._staging.read(place, [side.stream for side in self._sides if side.busy])
 
     def merge(
         self,

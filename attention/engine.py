@@ -2,8 +2,8 @@
 a layer.
 
 A `PrefillStep` takes new tokens through the model, dealt to the ranks: a chunk of a context, or a
-long turn of a session. A `TailStep` takes a session's new tokens, which every rank computes alike,
-over keys that lie where they are; one small exchange a layer merges the parts.
+long turn of a session. A `TailStep` (tail_step.py) takes new tokens of sessions, which every rank
+computes alike, over keys that lie where they are; one small exchange a layer merges the parts.
 
 How queries and keys meet is the scheme's (attention/schemes/), what is attended to is the problem's
 (attention/problem.py), the arithmetic is the `Compute`'s (attention/compute.py).
@@ -28,19 +28,10 @@ from ringspan.attention.layout import Deal
 from ringspan.attention.ledger import Ledger
 from ringspan.attention.problem import Problem, Source
 from ringspan.attention.schemes.table import scheme_named
+from ringspan.attention.step import Step as Step
+from ringspan.attention.tail_step import TailStep as TailStep
 from ringspan.attention.transport import Transport
-from ringspan.kernels.merge import merge_many
-from ringspan.types import Part, Span, coalesce, total_tokens
-
-
-class Step:
-    """What the hook calls."""
-
-    def attend(
-        self, rules: Rules, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """q [T, Hq, D], k, v [T, Hkv, D] of one layer -> out [T, Hq, D]."""
-        raise TypeError("a Step is either a PrefillStep or a TailStep")
+from ringspan.types import coalesce, total_tokens
 
 
 class HeldKeys(NamedTuple):
@@ -141,7 +132,7 @@ class PrefillStep(Step):
             stop = total_tokens(keys.held[rank])
             if self._joined and at == len(self._earlier) - 1:
                 stop += k.shape[0]
-            tensors += (t[firsts[at][rank] : stop] for t in keys.shard.tensors(layer, stop))
+            tensors += keys.shard.tensors(layer, stop, firsts[at][rank])
         if not self._joined:
             first = firsts[-1][rank]
             tensors += (k[first:].contiguous(), v[first:].contiguous())
@@ -154,60 +145,3 @@ class Proof(NamedTuple):
     seen: int | None
     """Keys that this rank's rows saw, counted over heads and layers; None where not counted."""
     audit: AuditResult | None
-
-
-class TailStep(Step):
-    """A session's new tokens [start, start + T), over its contexts and its tail so far.
-
-    Every rank computes the same rows. `tail` already reserves this rank's spans of the new tokens;
-    `keep` tells which rows these are.
-    """
-
-    def __init__(
-        self,
-        transport: Transport,
-        buffers: Buffers,
-        compute: Compute,
-        contexts: Sequence[KVShard],
-        tail: KVShard,
-        span: Span,
-        keep: slice | torch.Tensor | None,
-    ) -> None:
-        self._transport, self._buffers, self._compute = transport, buffers, compute
-        self._tail, self._span, self._keep = tail, span, keep
-        self._shards = (*contexts, tail)
-        self._problem = Problem(
-            [((span,),)], [Source((tuple(shard.spans),), shard.codec) for shard in self._shards]
-        )
-
-    def attend(
-        self, rules: Rules, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        if self._keep is not None:
-            self._tail.write(rules.layer, k[self._keep], v[self._keep])
-        several = self._transport.world_size > 1
-        problem, firsts = self._problem.windowed(rules.window)
-        layer = Layer(
-            transport=self._transport,
-            buffers=self._buffers,
-            compute=self._compute,
-            problem=problem,
-            rules=rules._replace(sinks=None) if several else rules,
-            q=q,
-            own=tuple(
-                t[first:]
-                for shard, (first, *_) in zip(self._shards, firsts, strict=True)
-                for t in shard.tensors(rules.layer)
-            ),
-            kv_shape=(k.shape[1], k.shape[2]),
-        )
-        accumulator = layer.accumulator(q)
-        layer.over(accumulator, 0, 0, layer.own)
-        part = accumulator.finish(torch.float32 if several else q.dtype)
-        if not several:
-            return part.out
-        packed = torch.cat((part.out, part.lse[..., None]), -1)
-        gathered = self._transport.all_gather(packed)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        merge_many([Part(one[..., :-1], one[..., -1]) for one in gathered], out, None, rules.sinks)
-        return out

@@ -4,7 +4,10 @@ A scheme moves queries, keys or parts over `transport` and calls `over` with the
 has at hand; pieces, decoding, kernels, counting and merging are done here, once for all schemes.
 
 A block is the tuple of tensors in which one rank's keys travel: for each source of the problem the
-tensors of its codec, each [keys, Hkv, ...], contiguous, in the order of the sources.
+tensors of its codec, each [units, Hkv, ...], contiguous, in the order of the sources.
+
+Encoded keys travel encoded. Few rows attend to the codes as they lie, where the codec can; for many
+the keys are decoded, a stretch at a time, one stretch ahead of the kernels.
 """
 
 from __future__ import annotations
@@ -17,16 +20,19 @@ import torch
 from ringspan.attention.accumulator import Accumulator
 from ringspan.attention.buffers import Buffers, Shape
 from ringspan.attention.compute import Compute, Rules
+from ringspan.attention.kv import cut_units, unit_tokens
 from ringspan.attention.ledger import Ledger
-from ringspan.attention.mask import clip
+from ringspan.attention.mask import Piece, clip
 from ringspan.attention.problem import Problem
+from ringspan.attention.staging import PLACES
 from ringspan.attention.transport import Message, Pending, Transport
 from ringspan.types import Part
 
 Block = tuple[torch.Tensor, ...]
 
-STAGING_TOKENS = 1 << 18
-"""Keys of an encoded source that are decoded at once: 1 GiB of K and V at 8 heads of 128."""
+STAGING_TOKENS = 1 << 17
+"""Keys of an encoded source that are decoded at once: half a GiB of K and V at 8 heads of 128, and
+there are two such places. A multiple of every page."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Layer:
         for at, source in enumerate(self.problem.sources):
             keys = self.problem.keys(at, src)
             for spec in source.codec.specs(*self.kv_shape, self.q.dtype):
-                shapes.append(Shape((keys, *spec.shape), spec.dtype))
+                shapes.append(Shape((spec.units(keys), *spec.shape), spec.dtype))
         return shapes
 
     def part_shapes(self, rows: int) -> list[Shape]:
@@ -106,22 +112,77 @@ class Layer:
                 for piece in cut:
                     accumulator.over(tensors[0], tensors[1], piece, (k_rank, at, piece.k0))
             else:
-                first = min(piece.k0 for piece in cut)
-                stop = max(piece.k1 for piece in cut)
-                for k0 in range(first, stop, STAGING_TOKENS):
-                    k1 = min(k0 + STAGING_TOKENS, stop)
-                    keys, values = self._decoded(at, tuple(t[k0:k1] for t in tensors))
-                    for piece in clip(cut, k0, k1):
-                        accumulator.over(keys, values, piece, (k_rank, at, k0 + piece.k0))
+                self._over_encoded(accumulator, k_rank, at, tensors, cut)
             if self.ledger is not None:
                 self.ledger.add(q_rank, cut, accumulator.q.shape[1])
 
     def finish(self, accumulator: Accumulator) -> Part:
         return accumulator.finish(self.q.dtype)
 
-    def _decoded(self, source: int, tensors: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [S, Hkv, D] of a stretch of an encoded source; valid until the next one."""
-        shape = Shape((tensors[0].shape[0], *self.kv_shape), self.q.dtype)
-        keys, values = self.lease("staging", [shape, shape])
-        self.compute.decode(self.problem.sources[source].codec, tensors, keys, values)
-        return keys, values
+    def _over_encoded(
+        self,
+        accumulator: Accumulator,
+        k_rank: int,
+        source: int,
+        tensors: Block,
+        cut: Sequence[Piece],
+    ) -> None:
+        """The pieces that the codec attends to in place, then the others over decoded keys."""
+        codec = self.problem.sources[source].codec
+        left = []
+        for piece in cut:
+            rows = accumulator.q[piece.q0 : piece.q1]
+            part = self.compute.attend_encoded(codec, rows, tensors, piece, self.rules)
+            if part is None:
+                left.append(piece)
+            else:
+                accumulator.add(piece.q0, piece.q1, part, (k_rank, source, piece.k0))
+        if not left:
+            return
+        unit = unit_tokens(codec.specs(*self.kv_shape, self.q.dtype))
+        stretches = _stretches(left, unit)
+        ahead = self._decode(source, tensors, *stretches[0][:2])
+        for number, (k0, _, here) in enumerate(stretches):
+            keys, values, place = ahead
+            if number + 1 < len(stretches):
+                ahead = self._decode(source, tensors, *stretches[number + 1][:2])
+            self.compute.decoded(place)
+            for piece in here:
+                accumulator.over(keys, values, piece, (k_rank, source, k0 + piece.k0))
+            self.compute.has_read(place)
+
+    def _decode(
+        self, source: int, tensors: Block, k0: int, k1: int
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Start decoding keys [k0, k1) of an encoded source: K and V [S, Hkv, D], and the place
+        where they lie until its next turn."""
+        codec, place = self.problem.sources[source].codec, self.compute.next_place()
+        specs = codec.specs(*self.kv_shape, self.q.dtype)
+        # Both places, as large as any block of this layer wants them: the same memory every time.
+        whole = Shape((self._staging_tokens(), *self.kv_shape), self.q.dtype)
+        places = self.lease("staging", [whole] * 2 * PLACES)
+        keys, values = (one[: k1 - k0] for one in places[2 * place : 2 * place + 2])
+        self.compute.decode(codec, cut_units(tensors, specs, k0, k1), keys, values, place)
+        return keys, values, place
+
+    def _staging_tokens(self) -> int:
+        held = [
+            self.problem.keys(at, rank)
+            for at, source in enumerate(self.problem.sources)
+            if not source.codec.exact
+            for rank in range(self.problem.world_size)
+        ]
+        return min(STAGING_TOKENS, max(held))
+
+
+def _stretches(cut: Sequence[Piece], unit: int) -> list[tuple[int, int, tuple[Piece, ...]]]:
+    """Keys [k0, k1) to decode at once, and the pieces over them, whose keys count from k0 on.
+    k0 begins a unit; a stretch that no piece reads is left out."""
+    first = min(piece.k0 for piece in cut) // unit * unit
+    stop = max(piece.k1 for piece in cut)
+    found = []
+    for k0 in range(first, stop, STAGING_TOKENS):
+        k1 = min(k0 + STAGING_TOKENS, stop)
+        if here := clip(cut, k0, k1):
+            found.append((k0, k1, here))
+    return found

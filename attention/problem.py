@@ -90,7 +90,7 @@ class Problem:
 
     def windowed(self, window: int | None) -> tuple[Problem, tuple[tuple[int, ...], ...]]:
         """The problem without keys that no query can see any more, and for each source the rows
-        that each rank leaves out at the front of what it holds."""
+        that each rank leaves out at the front of what it holds; whole pages of pages."""
         nothing = tuple((0,) * self.world_size for _ in self.sources)
         if window is None:
             return self, nothing
@@ -104,7 +104,8 @@ class Problem:
                 for span in spans
             ]
             floor = min(starts, default=0) - window + 1
-            first = tuple(_row_at(spans, floor) for spans in source.held)
+            cut = source.codec.cut_tokens
+            first = tuple(_row_at(spans, floor) // cut * cut for spans in source.held)
             firsts.append(first)
             held = tuple(
                 without_rows(spans, rows) for spans, rows in zip(source.held, first, strict=True)
@@ -171,13 +172,15 @@ class Grouped:
                     row += span.tokens
         return _ordered(placed)
 
-    def key_order(self, source: int, group: int) -> np.ndarray:
-        """As `row_order`, for the keys that the members hold of a source."""
-        placed, row = [], 0
+    def key_order(self, source: int, group: int, unit_tokens: int = 1) -> np.ndarray:
+        """As `row_order`, for the keys that the members hold of a source, in units of so many
+        tokens. Only the last unit of all may be short, and it comes last."""
+        placed, unit = [], 0
         for member in self._members[group]:
             for span in self._source.sources[source].held[member]:
-                placed.append((0, span.start, row, span.tokens))
-                row += span.tokens
+                units = -(-span.tokens // unit_tokens)
+                placed.append((0, span.start, unit, units))
+                unit += units
         return _ordered(placed)
 
 

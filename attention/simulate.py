@@ -22,7 +22,7 @@ from ringspan.attention.clocks import Op, Played, Simulated, Start, Wait, Work
 from ringspan.attention.compute import Compute, Rules
 from ringspan.attention.cost import AttentionFit, Link, Speeds
 from ringspan.attention.exposure import Exposure
-from ringspan.attention.kv import Codec
+from ringspan.attention.kv import AttendsInPlace, Codec, specs_bytes
 from ringspan.attention.layer import Layer
 from ringspan.attention.mask import Piece, seen_keys
 from ringspan.attention.problem import Problem
@@ -180,9 +180,40 @@ class SimulatedCompute(Compute):
     ) -> None:
         self._attend(q, k, piece)
 
+    def attend_encoded(
+        self,
+        codec: Codec,
+        q: torch.Tensor,
+        tensors: tuple[torch.Tensor, ...],
+        piece: Piece,
+        rules: Rules,
+    ) -> Part | None:
+        """Reads the codes at the rate at which few rows read keys, once for all rows."""
+        if piece.causal or piece.window is not None or not isinstance(codec, AttendsInPlace):
+            return None
+        if not codec.serves(q, tensors):
+            return None
+        keys = piece.k1 - piece.k0
+        specs = codec.specs(tensors[0].shape[1], q.shape[2], q.dtype)
+        speeds, num_bytes = self._speeds, specs_bytes(specs, keys)
+        pairs_s = speeds.attention.pair_s * keys * q.shape[0] * q.shape[1]
+        device_s = speeds.attention.fixed_s + max(num_bytes / speeds.scan_bytes_per_s, pairs_s)
+        self._world.work(self._rank, "attend", device_s, speeds.attend_call_s, 0)
+        out, lse = self._world.empty(
+            (Shape(tuple(q.shape), q.dtype), Shape(tuple(q.shape[:2]), torch.float32))
+        )
+        return Part(out, lse)
+
     def decode(
-        self, codec: Codec, tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor
+        self,
+        codec: Codec,
+        tensors: tuple[torch.Tensor, ...],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        place: int,
     ) -> None:
+        """Counted in full, though it runs beside the pieces before it: an upper bound, which is
+        close where rows are many and decoding is little."""
         num_bytes = k.nbytes + v.nbytes
         device_s = self._speeds.decode_s(codec.name, num_bytes)
         self._world.work(self._rank, "decode", device_s, self._speeds.call_s, num_bytes)
@@ -338,7 +369,7 @@ class _Case(NamedTuple):
     ) -> None:
         problem, (num_q_heads, num_kv_heads) = self.problem, self.heads
         shapes = [
-            Shape((problem.keys(at, rank), *spec.shape), spec.dtype)
+            Shape((spec.units(problem.keys(at, rank)), *spec.shape), spec.dtype)
             for at, source in enumerate(problem.sources)
             for spec in source.codec.specs(num_kv_heads, self.head_dim, self.dtype)
         ]

@@ -1,7 +1,8 @@
 """The sessions on a rank: tails behind contexts, and the tokens generated on them.
 
 A question of few tokens is computed by every rank alike; a long one is a partial prefill onto the
-tail, each rank computing its share (`attention.tail.why_dealt`).
+tail, each rank computing its share (`attention.tail.why_dealt`). The answer's tokens come one by
+one, those of several sessions together (decoding.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ringspan.attention.audit import Audit
+from ringspan.attention.decode_step import DecodeStep, Shared, TailRows
 from ringspan.attention.engine import HeldKeys, PrefillStep, Proof, TailStep
 from ringspan.attention.layout import Deal, owner, positions
 from ringspan.attention.tail import (
@@ -25,36 +27,93 @@ from ringspan.attention.tail import (
     turn_scheme,
     why_dealt,
 )
-from ringspan.cluster.messages import AnswerRequest, LongTurn, TokenChunk
+from ringspan.cluster.decoding import Decoding
+from ringspan.cluster.device import on_device
+from ringspan.cluster.messages import AnswerRequest, LongTurn, TokenChunk, TokenChunks
 from ringspan.cluster.prefills import Contexts
 from ringspan.cluster.runtime import Runtime
-from ringspan.cluster.sampling import Sampler
+from ringspan.cluster.sampling import Sampler, greedy_tokens, next_tokens
+from ringspan.cluster.tails import Tail, TailBlock, rows_of_tails
 from ringspan.errors import BadInput, TooLarge
-from ringspan.kvstore.shard import ContextShard
 from ringspan.types import Span, page_tokens_for, total_tokens
+
+MAX_TOGETHER = 64
+"""Sessions that advance in one step; more of them take turns."""
+
+SHORT_QUESTION, SHORT_QUESTIONS = 64, 1024
+"""Tokens of a question that goes through the model together with others, and of all of these: few
+enough that their own keys are worth no kernel of causal tiles."""
 
 
 @dataclass
 class _Session:
     context_id: str
-    tail: ContextShard
+    tail: Tail
     next_position: int
     """What lies behind it in the tail is of a turn that failed, and not there."""
-    pool_name: str
     unseen: tuple[int, ...] = ()
     """Generated last, not yet taken through the model."""
+
+
+class _Turn:
+    """One request's answer on its way."""
+
+    def __init__(self, request: AnswerRequest, session: _Session) -> None:
+        self.request, self.session = request, session
+        self.sampler = Sampler(request)
+        self.count = 0
+        self.done = False
+
+    @property
+    def left(self) -> int:
+        """Tokens that may follow."""
+        return self.request.max_tokens - self.count
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Of the question, and the one before it that was not seen yet."""
+        return (*self.session.unseen, *self.request.token_ids)
+
+    def take(self, token: int, long_turn: LongTurn | None = None) -> TokenChunk:
+        """The answer's next token."""
+        request, index = self.request, self.count
+        reason = None
+        if token in request.stop_ids:
+            reason = "stop"  # the token ends the turn; a next turn brings its own
+        elif index + 1 == request.max_tokens:
+            reason = "length"
+        self.count, self.done = index + 1, reason is not None
+        self.session.unseen = () if reason == "stop" else (token,)
+        return TokenChunk(
+            session_id=request.session_id,
+            index=index,
+            token_id=token,
+            finish_reason=reason,
+            long_turn=long_turn,
+        )
+
+
+def _batches(turns: list[_Turn]) -> Iterator[list[_Turn]]:
+    """Of at most SHORT_QUESTIONS tokens each."""
+    batch: list[_Turn] = []
+    for turn in turns:
+        if sum(len(one.tokens) for one in (*batch, turn)) > SHORT_QUESTIONS:
+            yield batch
+            batch = []
+        batch.append(turn)
+    yield batch
 
 
 class Answers:
     def __init__(self, runtime: Runtime, contexts: Contexts) -> None:
         self._runtime, self._contexts = runtime, contexts
         self._sessions: dict[str, _Session] = {}
-        self._tails = itertools.count()
+        self._blocks = itertools.count()
 
     def end(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
         if session is not None:
-            self._runtime.pool.free(session.pool_name)
+            session.tail.block.leave()
 
     def end_all_on(self, context_id: str) -> None:
         for session_id, session in list(self._sessions.items()):
@@ -67,61 +126,187 @@ class Answers:
 
     def generate(self, request: AnswerRequest) -> Iterator[TokenChunk]:
         """Extends the session's tail by the request's tokens, then yields token after token."""
-        if not request.token_ids:
-            raise BadInput(f"session {request.session_id}: a question needs at least one token")
-        session = self._session(request)
-        sampler = Sampler(request, self._runtime.transport, self._runtime.device)
-        logits, long_turn = self._question(session, request)
-        for index in range(request.max_tokens):
-            token = sampler.next(logits)
-            reason = None
-            if token in request.stop_ids:
-                reason = "stop"  # the token ends the turn; a next turn brings its own
-            elif index + 1 == request.max_tokens:
-                reason = "length"
-            session.unseen = () if reason == "stop" else (token,)
-            yield TokenChunk(
-                session_id=request.session_id,
-                index=index,
-                token_id=token,
-                finish_reason=reason,
-                long_turn=None if index else long_turn,
-            )
-            if reason is not None:
-                return
-            logits = self._extend(session, session.unseen)
+        for together in self._generate((request,)):
+            yield from together.chunks
 
-    def _session(self, request: AnswerRequest) -> _Session:
-        """The session of the request, its tail grown for all that the request may add."""
-        runtime, facts = self._runtime, self._runtime.facts
-        context = self._contexts[request.context_id]
-        session = self._sessions.get(request.session_id)
-        start = session.next_position if session else context.num_tokens
+    def generate_together(self, requests: tuple[AnswerRequest, ...]) -> Iterator[TokenChunks]:
+        """Several sessions' answers: first the questions, short ones together, then a token of
+        every session with each step, those of one context sweeping its keys once. A session's
+        tokens do not depend on the others but for rounding: a row of a larger matrix product may
+        be summed in another order."""
+        for at in range(0, len(requests), MAX_TOGETHER):
+            yield from self._generate(requests[at : at + MAX_TOGETHER])
+
+    def _generate(self, requests: tuple[AnswerRequest, ...]) -> Iterator[TokenChunks]:
+        for request in requests:
+            if not request.token_ids:
+                raise BadInput(f"session {request.session_id}: a question needs at least one token")
+        if len({request.session_id for request in requests}) < len(requests):
+            raise BadInput("a session was asked twice at once; ask it one question after the other")
+        turns = [_Turn(r, s) for r, s in zip(requests, self._room(requests), strict=True)]
+        short = [turn for turn in turns if len(turn.tokens) <= SHORT_QUESTION]
+        if len(short) > 1:
+            for some in _batches(sorted(short, key=lambda turn: turn.session.context_id)):
+                yield self._first_tokens(some)
+        for turn in turns:
+            if not turn.count:
+                logits, long_turn = self._question(turn.session, turn.request)
+                [token] = self._chosen([turn], logits[None])
+                yield TokenChunks(chunks=(turn.take(token, long_turn),))
+        while turns := [turn for turn in turns if not turn.done]:
+            yield from self._decode(turns)
+
+    def _decode(self, turns: list[_Turn]) -> Iterator[TokenChunks]:
+        """Until half of the turns are done: then the rest goes on in a smaller step."""
+        turns = sorted(turns, key=lambda turn: turn.session.context_id)
+        decoding = self._decoding(turns)
+        while 2 * sum(not turn.done for turn in turns) > len(turns):
+            self._check_open(turns)
+            logits, greedy = decoding.step()
+            going = [None if turn.done else turn for turn in turns]
+            for turn in going:
+                if turn is not None:
+                    self._moved(turn)
+            samplers = [None if turn is None else turn.sampler for turn in going]
+            tokens = next_tokens(samplers, logits, greedy, self._runtime.transport)
+            chunks = tuple(
+                turn.take(token)
+                for turn, token in zip(going, tokens, strict=True)
+                if turn is not None
+            )
+            if not all(sampler is None or sampler.greedy for sampler in samplers):
+                decoding.draw(tokens)
+            decoding.rest([row for row, turn in enumerate(going) if turn is not None and turn.done])
+            yield TokenChunks(chunks=chunks)
+
+    def _check_open(self, turns: list[_Turn]) -> None:
+        for turn in turns:
+            name = turn.request.session_id
+            if not turn.done and self._sessions.get(name) is not turn.session:
+                raise BadInput(f"session {name} was ended while it was answered; begin a new one")
+
+    def _decoding(self, turns: list[_Turn]) -> Decoding:
+        sessions = [turn.session for turn in turns]
+        return Decoding(
+            self._runtime,
+            *self._standing(sessions),
+            [s.next_position for s in sessions],
+            [s.unseen[0] for s in sessions],
+            max(turn.left for turn in turns),
+        )
+
+    def _first_tokens(self, turns: list[_Turn]) -> TokenChunks:
+        """Short questions through the model in one forward; those on one context are neighbours."""
+        runtime = self._runtime
+        rows: list[_Session] = []
+        positions: list[int] = []
+        ids: list[int] = []
+        spans: list[Span] = []
+        for turn in turns:
+            at = turn.session.next_position
+            spans.append(Span(at, at + len(turn.tokens)))
+            rows += [turn.session] * len(turn.tokens)
+            positions += range(at, at + len(turn.tokens))
+            ids += turn.tokens
+        with on_device(runtime.device), torch.inference_mode():
+            step = DecodeStep(
+                runtime.transport,
+                runtime.spec.backend,
+                *self._standing(rows),
+                positions,
+                runtime.device,
+            )
+            step.begin()
+            last = torch.tensor([span.tokens for span in spans]).cumsum(0) - 1
+            logits = runtime.forward(
+                torch.tensor(ids), step.cursor.where, step, logits=True, last_only=False, rows=last
+            )
+        for turn, span in zip(turns, spans, strict=True):
+            turn.session.tail.reserve(self._owned(span))
+            turn.session.next_position, turn.session.unseen = span.stop, ()
+        tokens = self._chosen(turns, logits.float())
+        return TokenChunks(
+            chunks=tuple(turn.take(token) for turn, token in zip(turns, tokens, strict=True))
+        )
+
+    def _standing(self, rows: list[_Session]) -> tuple[list[Shared], TailRows]:
+        """What the rows of a step attend to: contexts, those of one being neighbours, and tails."""
+        shared: list[Shared] = []
+        begin = 0
+        for context_id, same in itertools.groupby(session.context_id for session in rows):
+            stop = begin + len(list(same))
+            shared.append(Shared(self._contexts[context_id].shard, begin, stop))
+            begin = stop
+        starts = [self._contexts[session.context_id].num_tokens for session in rows]
+        tails = [session.tail for session in rows]
+        return shared, rows_of_tails(tails[0].block, tails, starts)
+
+    def _moved(self, turn: _Turn) -> None:
+        """Its last token went through the model; where this rank keeps it, it lies in the tail."""
+        session = turn.session
+        at = Span(session.next_position, session.next_position + 1)
+        session.tail.reserve(self._owned(at))
+        session.next_position, session.unseen = at.stop, ()
+
+    def _chosen(self, turns: list[_Turn], logits: torch.Tensor) -> list[int]:
+        transport = self._runtime.transport
+        samplers = [turn.sampler for turn in turns]
+        return next_tokens(samplers, logits, greedy_tokens(logits, transport), transport)
+
+    def _owned(self, span: Span) -> tuple[Span, ...]:
+        """What this rank keeps of new tail positions."""
+        runtime = self._runtime
+        page_tokens = page_tokens_for(runtime.facts.head_dim)
+        return owned(span, runtime.rank, runtime.spec.world_size, page_tokens)
+
+    def _room(self, requests: tuple[AnswerRequest, ...]) -> list[_Session]:
+        """The sessions of the requests, their tails in one block that has room for all that the
+        requests may add."""
+        known = [self._sessions.get(request.session_id) for request in requests]
+        held, whole = [], []
+        for request, session in zip(requests, known, strict=True):
+            start = self._contexts[request.context_id].num_tokens
+            now = session.next_position if session else start
+            stop = self._stop(request, session, now)
+            held.append(self._owned(Span(start, now)))
+            whole.append(total_tokens(self._owned(Span(start, stop))))
+        tails = [session.tail for session in known if session]
+        if len(tails) == len(requests) and all(
+            tail.block is tails[0].block and rows <= tail.capacity_tokens
+            for tail, rows in zip(tails, whole, strict=True)
+        ):
+            for tail, spans in zip(tails, held, strict=True):
+                tail.keep(spans)
+            return [session for session in known if session]
+        facts = self._runtime.facts
+        name = f"tails {next(self._blocks)} of session {requests[0].session_id}"
+        if len(requests) > 1:
+            name += f" and {len(requests) - 1} more"
+        block = TailBlock(self._runtime, name, page_tokens_for(facts.head_dim), whole)
+        sessions = []
+        for request, session, tail, spans in zip(requests, known, block.tails, held, strict=True):
+            if session is None:
+                start = self._contexts[request.context_id].num_tokens
+                session = _Session(request.context_id, tail, start)
+                self._sessions[request.session_id] = session
+            else:
+                tail.take_over(session.tail, spans, facts.num_layers)
+                session.tail.block.leave()
+                session.tail = tail
+            sessions.append(session)
+        return sessions
+
+    def _stop(self, request: AnswerRequest, session: _Session | None, now: int) -> int:
+        """The position behind all that the request may add. TooLarge beyond the model's."""
+        facts = self._runtime.facts
         unseen = len(session.unseen) if session else 0
-        stop = start + unseen + len(request.token_ids) + request.max_tokens
+        stop = now + unseen + len(request.token_ids) + request.max_tokens
         if stop > facts.max_positions:
             raise TooLarge(
                 f"position {stop} is beyond the {facts.max_positions} of {facts.name}: fewer "
                 "--max-tokens, or a shorter question"
             )
-        page_tokens = page_tokens_for(facts.head_dim)
-        world_size = runtime.spec.world_size
-        more = owned(Span(start, stop), runtime.rank, world_size, page_tokens)
-        held = owned(Span(context.num_tokens, start), runtime.rank, world_size, page_tokens)
-        rows = total_tokens(held)
-        name = f"tail {next(self._tails)} of session {request.session_id}"
-        tail = runtime.new_shard(name, "raw", rows + total_tokens(more), page_tokens)
-        if session is None:
-            session = _Session(request.context_id, tail, start, name)
-            self._sessions[request.session_id] = session
-        else:
-            tail.reserve(held)
-            for layer in range(facts.num_layers):
-                k, v = session.tail.tensors(layer, rows)
-                tail.write(layer, k, v)
-            runtime.pool.free(session.pool_name)
-            session.tail, session.pool_name = tail, name
-        return session
+        return stop
 
     def _question(
         self, session: _Session, request: AnswerRequest
@@ -245,7 +430,7 @@ class Answers:
         """`tokens` through the model, on every rank alike: the last row's logits, fp32."""
         runtime = self._runtime
         span = Span(session.next_position, session.next_position + len(tokens))
-        mine = owned(span, runtime.rank, runtime.spec.world_size, session.tail.page_tokens)
+        mine = self._owned(span)
         session.tail.reserve(mine)
         step = TailStep(
             runtime.transport,

@@ -1,7 +1,12 @@
 """The controller: prefills contexts on a gang, keeps them in a store, answers questions on them.
 
 A plain class. It knows which contexts the gang holds and which sessions stand on them; ranks know
-their shards and tails. One caller at a time: a gang does one thing at a time anyway.
+their shards and tails. What it knows of contexts it tells a directory, its own or one that many
+share, and looks prefixes up there; what is read is leased there, what sessions stand on is referred
+to. One caller at a time: a gang does one thing at a time anyway.
+
+A controller works in one namespace. Contexts of another one, of a shared gang, store or directory,
+do not exist for it.
 """
 
 from __future__ import annotations
@@ -9,12 +14,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 
 from ringspan.attention.tail import LONG_TURN_TOKENS
+from ringspan.cluster.batched import TOKEN_TIMEOUT_S, TOKENS_A_TIMEOUT, Question, ask_many
 from ringspan.cluster.events import (
     Cancelled,
     IsCancelled,
@@ -25,6 +34,8 @@ from ringspan.cluster.events import (
     never,
 )
 from ringspan.cluster.gang import Gang, Pending
+from ringspan.cluster.known import Known
+from ringspan.cluster.mending import recompute_lost
 from ringspan.cluster.messages import (
     AnswerRequest,
     ChunkDone,
@@ -35,6 +46,7 @@ from ringspan.cluster.messages import (
     TokenChunk,
 )
 from ringspan.cluster.pace import Pace
+from ringspan.cluster.page_directory import PageDirectory
 from ringspan.cluster.planner import (
     PrefillOptions,
     kv_bytes,
@@ -42,35 +54,60 @@ from ringspan.cluster.planner import (
     with_prediction,
 )
 from ringspan.cluster.prefill_run import PrefillRun
+from ringspan.cluster.reading import Reading
 from ringspan.cluster.scheme_choices import SchemeChoices
-from ringspan.cluster.session import ContextHandle, Prefix, Sessions, longest_prefix
+from ringspan.cluster.session import ContextHandle, Prefix, Sessions, form_of, longest_prefix
 from ringspan.cluster.stored import Description, check_model, manifest_of, store_bytes
-from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError, UnknownName
+from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError, TooLarge, UnknownName
+from ringspan.kvstore.directory import Directory
+from ringspan.kvstore.fidelity import (
+    ANY,
+    Fidelity,
+    check_fidelity,
+    codec_fidelity,
+    fidelity_named,
+)
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
 from ringspan.kvstore.manifest import Manifest
+from ringspan.kvstore.parity import write_parity_rows
+from ringspan.kvstore.tiers.counters import added
 
 BEGIN_TIMEOUT_S = 120.0
 """For ranks to take memory for a shard."""
 DISK_TIMEOUT_S = 3600.0
 """For ranks to write or read their pages."""
-TOKEN_TIMEOUT_S = 600.0
-"""For one token; the first one takes the whole question through the model ..."""
-TOKENS_A_TIMEOUT = 65_536
-"""... and has the time once more for each so many tokens of it."""
 TIDY_TIMEOUT_S = 30.0
 CHUNKS_AHEAD = 2
 """Chunks submitted at once: the next one waits at the ranks when one is done."""
 
 
 class Controller:
-    """`gang` must be started; it stays the caller's to close if `close` is not called."""
+    """`gang` must be started; it stays the caller's to close if `close` is not called.
 
-    def __init__(self, gang: Gang, store: Store | None = None) -> None:
+    directory: None for one of its own. namespace: of all its contexts, `tenancy.tenant_namespace`.
+    """
+
+    def __init__(
+        self,
+        gang: Gang,
+        store: Store | None = None,
+        *,
+        directory: PageDirectory | None = None,
+        namespace: bytes = PUBLIC_NAMESPACE,
+    ) -> None:
         self._gang, self._store = gang, store
+        self._directory: PageDirectory = Directory() if directory is None else directory
+        self._namespace = namespace
+        self._known = Known(self._directory, namespace, store)
         self._contexts: dict[str, ContextHandle] = {}
         self._sessions = Sessions()
         self._schemes = SchemeChoices(gang)
+
+    def beside(self, namespace: bytes) -> Controller:
+        """One for another namespace, over the same gang, store and directory. Close one of them:
+        that ends the gang."""
+        return Controller(self._gang, self._store, directory=self._directory, namespace=namespace)
 
     @property
     def facts(self) -> ModelFacts:
@@ -86,11 +123,19 @@ class Controller:
     def plan(self, token_ids: np.ndarray, options: PrefillOptions | None = None) -> PrefillPlan:
         """What `prefill` would do with these tokens, with the context's id. Refuses what cannot
         be done (TooLarge, UnknownName, BadInput)."""
+        return self._plan(token_ids, options or PrefillOptions())[0]
+
+    def _plan(
+        self, token_ids: np.ndarray, options: PrefillOptions
+    ) -> tuple[PrefillPlan, tuple[str, ...]]:
+        """The plan, and the keys of its pages: a sequence is hashed once."""
         gang = self._gang
-        plan = plan_prefill(
-            self.facts, gang.ready, len(token_ids), gang.world_size, options or PrefillOptions()
-        )
-        return msgspec.structs.replace(plan, context_id=context_id(self._keys(plan, token_ids)))
+        plan = plan_prefill(self.facts, gang.ready, len(token_ids), gang.world_size, options)
+        keys = page_keys(self.facts.fingerprint, self._namespace, token_ids, plan.page_tokens)
+        plan = msgspec.structs.replace(plan, context_id=context_id(keys))
+        if self._namespace != PUBLIC_NAMESPACE:
+            plan = msgspec.structs.replace(plan, namespace=self._namespace.hex())
+        return plan, tuple(keys)
 
     def prefill(
         self,
@@ -109,14 +154,16 @@ class Controller:
         only what is new is computed, unless `again` or not `reuse`; the plan that comes back says
         how much.
 
-        Raises before any work what can be known before (see `plan`; StoreError for want of room);
-        RankLost naming rank and chunk; Cancelled. Whatever it raises, nothing half-written stays.
+        Raises before any work what can be known before (see `plan`; StoreError for want of room),
+        InUse for a context that is being read and would be computed anew. While it runs: RankLost
+        naming rank and chunk; Cancelled. Whatever it raises, nothing half-written stays.
         """
         began = time.perf_counter()
         token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
         description = description or Description()
-        plan = self.plan(token_ids, options)
-        if not again and (stored := self._stored(plan)) is not None:
+        options = options or PrefillOptions()
+        plan, keys = self._plan(token_ids, options)
+        if not again and (stored := self._stored(plan, options)) is not None:
             return PrefillDone(
                 context_id=plan.context_id,
                 plan=plan,
@@ -126,15 +173,22 @@ class Controller:
                 timings=PrefillTimings(plan_s=time.perf_counter() - began),
             )
         if self._store is not None:
-            self._store.check_room(store_bytes(plan, kv_bytes(plan, self.facts)))
+            self._store.check_room(
+                store_bytes(plan, kv_bytes(plan, self.facts), self._gang.world_size)
+            )
+        self._let_go(plan.context_id)
+        write = self._known.begin(plan.context_id, keys, plan.num_tokens)
         try:
-            prefix = None
-            if reuse and not again:
-                prefix = self._prefix(plan, options or PrefillOptions(), token_ids)
-            return self._prefill(plan, prefix, token_ids, description, on_event, cancelled, began)
-        except Exception:
-            self._forget_quietly(plan.context_id)
+            prefix = self._prefix(plan, options, keys) if reuse and not again else None
+            done = self._prefill(plan, prefix, token_ids, description, on_event, cancelled, began)
+            form, kept = form_of(plan, self.facts), self._contexts[plan.context_id].fidelity
+            self._known.arrived(write, plan.context_id, keys, form, kept, done.kv_bytes)
+        except BaseException as error:
+            self._known.failed(write)
+            if isinstance(error, Exception):
+                self._forget_quietly(plan.context_id)
             raise
+        return done
 
     def _prefill(
         self,
@@ -147,21 +201,24 @@ class Controller:
         began: float,
     ) -> PrefillDone:
         name = plan.context_id
-        self._sessions.end_all_on(name)
-        self._contexts.pop(name, None)
+        kept = self._codec_fidelity(plan.codec)
         plan = self._begin(plan, prefix, token_ids)
         planned = time.perf_counter()
         run = PrefillRun(plan, Pace(plan, self.facts), planned)
-        self._run_chunks(run, on_event, cancelled)
-        computed = time.perf_counter()
-        if self._store is not None:
-            self._save(self._store, plan, token_ids, description)
+        if self._store is None:
+            self._run_chunks(run, on_event, cancelled)
+            computed = time.perf_counter()
+        else:
+            with self._saving(self._store, plan, token_ids) as staging:
+                self._run_chunks(run, on_event, cancelled)
+                computed = time.perf_counter()
+                self._publish(self._store, plan, staging, description)
         self._contexts[name] = ContextHandle(
             context_id=name,
             num_tokens=plan.num_tokens,
             codec=plan.codec,
             kv_bytes=run.kv_bytes,
-            keys=tuple(self._keys(plan, token_ids)),
+            fidelity=kept if prefix is None or not plan.prefix_id else min(kept, prefix.fidelity),
         )
         return run.finished(
             self._store is not None,
@@ -182,11 +239,14 @@ class Controller:
             self._begin_with(plan, "begin_prefill", token_ids)
             return plan
         try:
-            if prefix.manifest is None or self._store is None:
-                self._begin_with(prefix.plan, "begin_prefill_on_held", token_ids)
-            else:
-                stored = (prefix.manifest, str(self._store.root))
-                self._begin_with(prefix.plan, "begin_prefill_on_stored", token_ids, *stored)
+            held = prefix.manifest is None or self._store is None
+            with self._known.prefix(prefix.plan.prefix_id, held) as reading:
+                if prefix.manifest is None or self._store is None:
+                    self._begin_with(prefix.plan, "begin_prefill_on_held", token_ids)
+                else:
+                    stored = (prefix.manifest, str(self._store.root))
+                    self._begin_with(prefix.plan, "begin_prefill_on_stored", token_ids, *stored)
+                reading.check()
         except (CorruptPage, StoreError) as error:
             plan = msgspec.structs.replace(plan, not_reused=str(error))
             return self._begin(plan, None, token_ids)
@@ -221,78 +281,137 @@ class Controller:
             done: list[ChunkDone] = asked.popleft().result(run.pace.timeout_s(index))
             on_event(run.add(done))
 
-    def _save(
-        self, store: Store, plan: PrefillPlan, token_ids: np.ndarray, description: Description
+    def _publish(
+        self, store: Store, plan: PrefillPlan, staging: str, description: Description
     ) -> Manifest:
-        """Every rank writes its pages beside the others'; then, in one step, it is a context."""
+        """The ranks write what is left; then, in one step, it is a context."""
+        saved: list[ShardSaved] = self._gang.call(
+            "save",
+            plan.context_id,
+            staging,
+            timeout_s=DISK_TIMEOUT_S,
+            what=f"saving context {plan.context_id} after its last chunk",
+        )
+        manifest = manifest_of(
+            plan,
+            self._gang.spec,
+            saved,
+            staging,
+            description,
+            created_unix_s=time.time(),
+            namespace=self._namespace,
+        )
+        if plan.parity:
+            what = f"writing parity of context {plan.context_id}"
+            args = (manifest, staging, plan.parity)
+            self._gang.call("write_parity", *args, timeout_s=DISK_TIMEOUT_S, what=what)
+            write_parity_rows(Path(staging), plan.parity)
+        return store.publish(staging, manifest)
+
+    @contextmanager
+    def _saving(self, store: Store, plan: PrefillPlan, token_ids: np.ndarray) -> Iterator[str]:
+        """A staging folder, to which every rank writes its pages beside the others', behind each
+        chunk. What fails within leaves nothing of it."""
         name = plan.context_id
         staging = store.stage(name, token_ids)
         try:
-            saved: list[ShardSaved] = self._gang.call(
-                "save",
-                name,
-                staging,
-                timeout_s=DISK_TIMEOUT_S,
-                what=f"saving context {name} after its last chunk",
-            )
-            manifest = manifest_of(
-                plan, self._gang.spec, saved, staging, description, created_unix_s=time.time()
-            )
-            return store.publish(staging, manifest)
+            what = f"beginning to save context {name}"
+            self._gang.call("begin_saving", name, staging, timeout_s=BEGIN_TIMEOUT_S, what=what)
+            yield staging
         except BaseException:
-            if self._gang.lost:
-                self._gang.close()  # or a rank that still writes would bring the folder back
+            self._forget_quietly(name)  # or a rank that still writes would bring the folder back
             store.abort(staging)
             raise
 
     # contexts
 
-    def open(self, name: str) -> ContextHandle:
+    def open(self, name: str, lowest_fidelity: str = "") -> ContextHandle:
         """Bring a stored context (an id or the beginning of one) to the gang, verified. A context
-        that the gang holds already is given back as it is."""
+        that the gang holds already is given back as it is. BadInput for one below the fidelity
+        asked for (`exact`, `8-bit`, ...; empty: any)."""
         for held in self._contexts:
             if name and held.startswith(name) and (self._store is None or len(name) == len(held)):
-                return self._contexts[held]
+                return self._good_enough(self._contexts[held], lowest_fidelity)
         if self._store is None:
             raise UnknownName("context", name, tuple(self._contexts))
-        manifest = self._store.manifest(name)
+        manifest = self._known.find_stored(name)
         if manifest.context_id in self._contexts:
-            return self._contexts[manifest.context_id]
+            return self._good_enough(self._contexts[manifest.context_id], lowest_fidelity)
+        context = f"context {manifest.context_id}"
+        check_fidelity(context, manifest.form, manifest.origin, lowest_fidelity)
         check_model(manifest, self.facts)
         began = time.perf_counter()
+        write = self._known.begin(manifest.context_id, manifest.keys, manifest.num_tokens)
         try:
-            opened: list[ShardOpened] = self._gang.call(
-                "open",
-                manifest,
-                str(self._store.root),
-                timeout_s=DISK_TIMEOUT_S,
-                what=f"opening context {manifest.context_id}",
+            manifest, opened, recomputed = self._open_whole(self._store, manifest)
+            held_bytes = sum(shard.kv_bytes for shard in opened)
+            self._known.arrived(
+                write,
+                manifest.context_id,
+                manifest.keys,
+                manifest.form,
+                manifest.fidelity,
+                held_bytes,
             )
-        except Exception:
-            self._forget_quietly(manifest.context_id)
+        except BaseException as error:
+            self._known.failed(write)
+            if isinstance(error, Exception):
+                self._forget_quietly(manifest.context_id)
             raise
         handle = ContextHandle(
             context_id=manifest.context_id,
             num_tokens=manifest.num_tokens,
             codec=manifest.codec,
-            kv_bytes=sum(shard.kv_bytes for shard in opened),
+            kv_bytes=held_bytes,
             open_s=time.perf_counter() - began,
-            keys=manifest.keys,
+            fidelity=manifest.fidelity,
+            pages=added(shard.pages for shard in opened),
+            recomputed=recomputed,
         )
         self._contexts[handle.context_id] = handle
         return handle
 
+    def _open_whole(
+        self, store: Store, manifest: Manifest
+    ) -> tuple[Manifest, list[ShardOpened], int]:
+        """On every rank; pages that can be had from nowhere are computed again first: the manifest
+        then, the ranks' shards, how many pages that were."""
+        try:
+            return manifest, self._open_on_ranks(store, manifest), 0
+        except (CorruptPage, StoreError) as error:
+            try:
+                done = recompute_lost(self._gang, store, manifest)
+            except (CorruptPage, StoreError, BadInput, TooLarge) as why:
+                raise type(error)(f"{error}; it could not be computed again: {why}") from error
+            if not done.spans:
+                raise
+            return done.manifest, self._open_on_ranks(store, done.manifest), len(done.spans)
+
+    def _open_on_ranks(self, store: Store, manifest: Manifest) -> list[ShardOpened]:
+        what = f"opening context {manifest.context_id}"
+        opened: list[ShardOpened] = self._gang.call(
+            "open", manifest, str(store.root), timeout_s=DISK_TIMEOUT_S, what=what
+        )
+        return opened
+
     def drop(self, name: str) -> None:
-        """Free a context's memory on the gang, with its sessions. The store keeps it."""
-        self._sessions.end_all_on(name)
-        if self._contexts.pop(name, None) is not None:
+        """Free a context's memory on the gang, with its sessions. The store keeps it. InUse while
+        an answer reads it."""
+        if self._let_go(name):
             self._gang.call("drop", name, timeout_s=TIDY_TIMEOUT_S, what=f"dropping context {name}")
 
     # answers
 
     def begin_session(self, name: str) -> str:
         """An empty session on a context that the gang holds (`prefill` or `open` it first)."""
-        return self._sessions.begin(self._held(name).context_id)
+        context_id = self._held(name).context_id
+        session_id = self._sessions.begin(context_id)
+        self._known.session_began(session_id, context_id)
+        return session_id
+
+    def reading(self, names: Sequence[str]) -> Reading:
+        """Leases on contexts that the gang holds: they stay there until `Reading.end`."""
+        return self._known.reading([self._held(name).context_id for name in names])
 
     def ask(
         self,
@@ -331,7 +450,7 @@ class Controller:
                 else "auto"
             ),
         )
-        return self._answer(request, cancelled)
+        return self._read(self._answer(request, cancelled), [handle.context_id])
 
     def _answer(self, request: AnswerRequest, cancelled: IsCancelled) -> Iterator[TokenChunk]:
         what = f"answer of session {request.session_id} on context {request.context_id}"
@@ -345,9 +464,32 @@ class Controller:
         finally:
             tokens.close()  # type: ignore[attr-defined]  # gangs stream by generators
 
+    def ask_many(
+        self, questions: Sequence[Question], *, cancelled: IsCancelled = never
+    ) -> Iterator[TokenChunk]:
+        """Answer several sessions' questions together; see `batched.ask_many`."""
+        tokens = ask_many(
+            self._gang, self._sessions, self._held, self._schemes, questions, cancelled
+        )
+        return self._read(tokens, [question.context_id for question in questions])
+
+    def _read(self, tokens: Iterator[TokenChunk], names: Sequence[str]) -> Iterator[TokenChunk]:
+        """The same tokens, under leases on what they are computed from."""
+        reading = self.reading(names)
+        try:
+            for token in tokens:
+                reading.check()
+                yield token
+        finally:
+            tokens.close()  # type: ignore[attr-defined]  # a generator
+            reading.end()
+
     def end_session(self, session_id: str) -> None:
         """May be repeated."""
-        if self._sessions.end(session_id) and not self._gang.lost:
+        if not self._sessions.end(session_id):
+            return
+        self._known.sessions_ended([session_id])
+        if not self._gang.lost:
             self._gang.call(
                 "end_session",
                 session_id,
@@ -357,6 +499,7 @@ class Controller:
 
     def close(self) -> None:
         """Ends the gang. May be repeated."""
+        self._known.close()
         self._contexts.clear()
         self._sessions = Sessions()
         self._gang.close()
@@ -364,12 +507,11 @@ class Controller:
     # helpers
 
     def _prefix(
-        self, plan: PrefillPlan, asked: PrefillOptions, token_ids: np.ndarray
+        self, plan: PrefillPlan, asked: PrefillOptions, keys: Sequence[str]
     ) -> Prefix | None:
         """What need not be computed, and the plan for the rest."""
-        stored = self._store.contexts()[0] if self._store is not None else ()
-        keys = self._keys(plan, token_ids)
-        prefix = longest_prefix(plan, keys, self.facts, self._contexts.values(), stored)
+        lowest = fidelity_named(asked.lowest_fidelity) if asked.lowest_fidelity else ANY
+        prefix = longest_prefix(plan, keys, form_of(plan, self.facts), self._known, lowest)
         if prefix is None:
             return None
         onto = prefix.plan
@@ -378,8 +520,24 @@ class Controller:
             onto = msgspec.structs.replace(onto, scheme=scheme)
         return prefix._replace(plan=with_prediction(onto, self.facts, self._gang.ready))
 
-    def _keys(self, plan: PrefillPlan, token_ids: np.ndarray) -> list[str]:
-        return page_keys(self.facts.fingerprint, PUBLIC_NAMESPACE, token_ids, plan.page_tokens)
+    def _good_enough(self, handle: ContextHandle, lowest_fidelity: str) -> ContextHandle:
+        if lowest_fidelity and handle.fidelity < (wanted := fidelity_named(lowest_fidelity)):
+            raise BadInput(
+                f"context {handle.context_id} is {handle.fidelity.text}, asked for is "
+                f"{wanted.text} or better: prefill it again with another --codec, or ask for less"
+            )
+        return handle
+
+    def _let_go(self, name: str) -> bool:
+        """The gang is to free the context; its sessions end. False if it does not hold it. InUse,
+        with nothing changed, while an answer reads it."""
+        if name not in self._contexts:
+            return False
+        self._known.check_unread(name)
+        self._known.sessions_ended(self._sessions.end_all_on(name))
+        self._known.let_go(name)
+        del self._contexts[name]
+        return True
 
     def _held(self, name: str) -> ContextHandle:
         try:
@@ -387,20 +545,27 @@ class Controller:
         except KeyError:
             raise UnknownName("context", name, tuple(self._contexts)) from None
 
-    def _stored(self, plan: PrefillPlan) -> Manifest | None:
-        """The store's manifest of this context in this codec. A damaged one does not count: the
-        new one will replace it."""
-        if self._store is None or plan.context_id not in self._store.ids():
+    def _stored(self, plan: PrefillPlan, asked: PrefillOptions) -> Manifest | None:
+        """The store's manifest of this context in this codec, as good as was asked for. A damaged
+        one does not count: the new one will replace it."""
+        if self._store is None:
             return None
-        try:
-            manifest = self._store.manifest(plan.context_id)
-        except StoreError:
-            return None
-        return manifest if manifest.codec == plan.codec else None
+        lowest = fidelity_named(asked.lowest_fidelity) if asked.lowest_fidelity else ANY
+        for manifest in self._known.stored():
+            found = (manifest.context_id, manifest.codec)
+            if found == (plan.context_id, plan.codec) and manifest.fidelity >= lowest:
+                return manifest
+        return None
+
+    def _codec_fidelity(self, codec: str) -> Fidelity:
+        facts = self.facts
+        dtype = getattr(torch, facts.dtype)
+        return codec_fidelity(codec, facts.num_kv_heads, facts.head_dim, dtype)
 
     def _forget_quietly(self, name: str) -> None:
         """After a failure, whose error is the one to show."""
         self._contexts.pop(name, None)
+        self._known.lose(name)
         if self._gang.lost:
             self._gang.close()
             return

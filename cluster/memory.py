@@ -14,7 +14,7 @@ from ringspan.attention.models.tiling import activation_bytes
 from ringspan.attention.schemes.ulysses import group_size_for
 from ringspan.cluster.messages import ModelFacts, PrefillPlan
 from ringspan.cluster.predict import Way, leased_bytes, rank_tokens
-from ringspan.kvstore.codecs.registry import codec, kv_bytes_per_token
+from ringspan.kvstore.codecs.registry import codec, encoded_bytes
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +71,7 @@ def memory_need(
     tokens = max(rank_tokens(way)) + before
     rows = max(rank_tokens(way._replace(num_tokens=way.chunks[0].tokens)))
     return Need(
-        kv_bytes=tokens * kv_bytes_per_token(chosen, facts.num_layers, *shape),
+        kv_bytes=encoded_bytes(chosen, facts.num_layers, *shape, tokens),
         exchange_bytes=leased_bytes(way, facts) if exchange_bytes is None else exchange_bytes,
         activation_bytes=_activation_bytes(facts, rows, tile_rows, fused, dtype),
         parts_bytes=_parts_bytes(way, facts, rows, tokens, dtype.itemsize),
@@ -81,10 +81,8 @@ def memory_need(
 def kv_bytes(plan: PrefillPlan, facts: ModelFacts) -> int:
     """Encoded K and V of the whole context, all ranks."""
     dtype: torch.dtype = getattr(torch, facts.dtype)
-    per_token = kv_bytes_per_token(
-        codec(plan.codec), facts.num_layers, facts.num_kv_heads, facts.head_dim, dtype
-    )
-    return plan.num_tokens * per_token
+    chosen, layers, heads = codec(plan.codec), facts.num_layers, facts.num_kv_heads
+    return encoded_bytes(chosen, layers, heads, facts.head_dim, dtype, plan.num_tokens)
 
 
 def gib(count: float) -> str:

@@ -88,6 +88,10 @@ class PrefillPlan(Message, frozen=True, kw_only=True):
     """So many of its tokens; whole pages."""
     not_reused: str = ""
     """Why a prefix that was found was computed all the same: its pages could not be used."""
+    namespace: str = ""
+    """Hex of the namespace that page keys are made under; empty: the public one."""
+    parity: int = 0
+    """Pages of parity to a stripe of the stored context, 0 to 2."""
 
     @property
     def chunks(self) -> tuple[Span, ...]:
@@ -178,6 +182,56 @@ class ShardOpened(Message, frozen=True, kw_only=True):
     num_pages: int
     kv_bytes: int
     elapsed_s: float
+    pages: dict[str, dict[str, int]] = {}
+    """What became of them, by road; see `kvstore.tiers.counters`."""
+
+
+class ShardSurvived(Message, frozen=True, kw_only=True):
+    """rank -> controller: what can be had of its pages lies in its pool, the rest is lost."""
+
+    context_id: str
+    rank: int
+    lost: tuple[Span, ...]
+    """Pages that no tier has whole and no parity brings back."""
+    pages: dict[str, dict[str, int]]
+    """What became of the others, by road; see `kvstore.tiers.counters`."""
+
+
+class GangRepair(Message, frozen=True, kw_only=True):
+    """controller -> every rank: compute these pages of a context again, over those that survive."""
+
+    context_id: str
+    spans: tuple[Span, ...]
+    """Whole pages, the last one of the context maybe short."""
+    chunk_tokens: int
+    """That go through the model at once, over all ranks; at least a page does."""
+    exact: bool = False
+    """Keep K and V as they were computed, to compare; else in the context's codec, to be stored."""
+    scheme: str = "ring"
+    audit_rows: int = 4
+
+
+class PagesRecomputed(Message, frozen=True, kw_only=True):
+    """rank -> controller: the pages dealt to it are in its scratch memory."""
+
+    context_id: str
+    rank: int
+    num_pages: int
+    elapsed_s: float
+
+
+class PageDeviation(Message, frozen=True, kw_only=True):
+    """rank -> controller: a stored page against the one computed again from its tokens.
+
+    Each is ||stored - computed|| / ||computed|| of the layer in which it is largest.
+    """
+
+    span: Span
+    k_error: float
+    v_error: float
+    k_codec: float
+    """What encoding the recomputed K in the context's codec costs by itself."""
+    v_codec: float
 
 
 class AnswerRequest(Message, frozen=True, kw_only=True):
@@ -211,6 +265,13 @@ class TokenChunk(Message, frozen=True, kw_only=True):
     """`stop` (a stop id; it is `token_id`), `length` (max_tokens reached)."""
     long_turn: LongTurn | None = None
     """On the first token, if the question was dealt to the ranks."""
+
+
+class TokenChunks(Message, frozen=True, kw_only=True):
+    """rank 0 -> controller: one more token of each of several sessions that are answered
+    together."""
+
+    chunks: tuple[TokenChunk, ...]
 
 
 class LongTurn(Message, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+import torch
 
 from ringspan.attention.cost import Link, Speeds
 from ringspan.attention.layout import LAYOUTS
@@ -20,7 +21,9 @@ from ringspan.cluster.messages import ModelFacts, PrefillPlan, RankReady
 from ringspan.cluster.predict import Prediction, Way, predict
 from ringspan.cluster.predict import rank_tokens as rank_tokens
 from ringspan.errors import BadInput, TooLarge, UnknownName
-from ringspan.kvstore.codecs.registry import codec
+from ringspan.kvstore.codecs.registry import SMALLER
+from ringspan.kvstore.fidelity import check_codec
+from ringspan.kvstore.parity import check_rows
 from ringspan.types import page_tokens_for
 
 GPU_CHUNK_TOKENS = 65_536
@@ -57,6 +60,10 @@ class PrefillOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Over all ranks; a multiple of the page."""
     deterministic: bool = False
     audit_rows: int = 4
+    parity: int = 0
+    """Pages of parity to a stripe of the stored context, 0 to 2; see `kvstore.parity`."""
+    lowest_fidelity: str = ""
+    """The least that is accepted of kept KV, as `kvstore.fidelity` names it; empty: any."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +112,7 @@ def plan_prefill(
             codec=asked.codec,
             deterministic=asked.deterministic,
             audit_rows=asked.audit_rows,
+            parity=asked.parity,
         )
 
     known = known_speeds(ready)
@@ -270,9 +278,11 @@ def check_options(
         reason = why_not(asked.scheme, facts.num_q_heads, facts.num_kv_heads, world_size)
         if reason is not None:
             raise BadInput(reason)
-    codec(asked.codec)
+    dtype: torch.dtype = getattr(torch, facts.dtype)
+    check_codec(asked.codec, facts.num_kv_heads, facts.head_dim, dtype, asked.lowest_fidelity)
     if asked.chunk_tokens is not None:
         check_chunk_tokens(asked.chunk_tokens, page_tokens)
+    check_rows(asked.parity)
     if asked.audit_rows < 0:
         raise BadInput(f"--audit-rows {asked.audit_rows}: wanted rows of each rank, or 0 for none")
 
@@ -354,8 +364,8 @@ def _check_fits(
         return
     if need.kv_bytes + need.exchange_bytes < tightest.free_bytes:
         advice = "a smaller --chunk-tokens, or more ranks"
-    elif plan.codec == "raw":
-        advice = "more ranks, --codec int8, or a shorter input"
+    elif plan.codec in SMALLER:
+        advice = f"more ranks, --codec {SMALLER[plan.codec]}, or a shorter input"
     else:
         advice = "more ranks, or a shorter input"
     raise TooLarge(

@@ -7,7 +7,9 @@ are the same: they stay on the ranks that have them, and only what is new is com
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -18,7 +20,14 @@ from ringspan.attention.engine import HeldKeys, PrefillStep, Proof
 from ringspan.attention.group import synchronize
 from ringspan.attention.layout import Deal, deal, positions
 from ringspan.cluster.device import on_device
-from ringspan.cluster.messages import ChunkDone, Findings, PrefillPlan, ShardOpened, ShardSaved
+from ringspan.cluster.messages import (
+    ChunkDone,
+    Findings,
+    PageRecord,
+    PrefillPlan,
+    ShardOpened,
+    ShardSaved,
+)
 from ringspan.cluster.runtime import Runtime
 from ringspan.errors import BadInput, CorruptPage, TooLarge
 from ringspan.kvstore.batches import batches
@@ -27,8 +36,13 @@ from ringspan.kvstore.folder import segment_path
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, namespace_digest, page_keys
 from ringspan.kvstore.manifest import Manifest, assign_pages
 from ringspan.kvstore.page import EXACT, Origin, differences
-from ringspan.kvstore.shard import ContextShard
-from ringspan.kvstore.transfer import load_shard, save_shard
+from ringspan.kvstore.pool import RESERVE_BYTES, free_bytes
+from ringspan.kvstore.shard import GIB, ContextShard
+from ringspan.kvstore.streamed import SLOTS, StreamedShard
+from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
+from ringspan.kvstore.tiers.placement import context_supply
+from ringspan.kvstore.transfer import load_shard
+from ringspan.kvstore.write_behind import WriteBehind
 from ringspan.types import Span, coalesce, total_tokens
 
 
@@ -36,13 +50,27 @@ from ringspan.types import Span, coalesce, total_tokens
 class HeldContext:
     """This rank's shard of a context."""
 
-    shard: ContextShard
+    shard: ContextShard | StreamedShard
     num_tokens: int
     held: Deal
     """What every rank holds of it."""
     origin: Origin
     prefill: Prefill | None = None
     """None when it was opened from a store."""
+    saving: WriteBehind | None = None
+    """Its pages on their way to the disk, while it is prefilled."""
+    staging: str = ""
+    """Where `saving` writes."""
+
+    @property
+    def resident(self) -> ContextShard:
+        """The shard of a context that lies on the device, as one that is prefilled does."""
+        if isinstance(self.shard, StreamedShard):
+            raise BadInput(
+                "a context that is streamed from host memory can be asked, not built on: open it "
+                "on more ranks or in a smaller codec"
+            )
+        return self.shard
 
 
 @dataclass
@@ -68,7 +96,12 @@ class Contexts:
         return self._held[context_id]
 
     def drop(self, context_id: str) -> None:
-        if self._held.pop(context_id, None) is not None:
+        held = self._held.pop(context_id, None)
+        if held is not None:
+            if held.saving is not None:
+                held.saving.abort()
+            if isinstance(held.shard, StreamedShard):
+                held.shard.close()
             self._runtime.pool.free(_pool_name(context_id))
 
     def clear(self) -> None:
@@ -88,7 +121,7 @@ class Contexts:
         held = self._begin(plan, token_ids, prefix, source.origin.provenance)
         try:
             with on_device(self._runtime.device):
-                copy_pages(source.shard, held.shard, prefix[self._rank])
+                copy_pages(source.resident, held.resident, prefix[self._rank])
         except BaseException:
             self.drop(plan.context_id)
             raise
@@ -105,7 +138,7 @@ class Contexts:
         held = self._begin(plan, token_ids, prefix, manifest.origin.provenance)
         try:
             with on_device(self._runtime.device):
-                load_shard(root, manifest, assigned[self._rank], held.shard)
+                load_shard(root, manifest, assigned[self._rank], held.resident)
         except BaseException:
             self.drop(plan.context_id)
             raise
@@ -150,6 +183,7 @@ class Contexts:
             torch.cuda.reset_peak_memory_stats(device)
         _, proof = self._forward_chunk(context_id, chunk_index, logits=False)
         synchronize(transport, device)
+        self._hand_over(context_id)
         held, prefill = self._prefilling(context_id)
         span = prefill.plan.chunks[chunk_index]
         return ChunkDone(
@@ -176,6 +210,7 @@ class Contexts:
     ) -> tuple[tuple[Span, ...], np.ndarray]:
         """This rank's spans of the chunk and their logits, fp32 [T, vocabulary]."""
         logits, _ = self._forward_chunk(context_id, chunk_index, logits=True)
+        self._hand_over(context_id)
         _, prefill = self._prefilling(context_id)
         spans = self._dealt(prefill.plan, prefill.plan.chunks[chunk_index])[self._rank]
         return spans, logits[: total_tokens(spans)].float().cpu().numpy()
@@ -191,15 +226,16 @@ class Contexts:
             )
         dealt = self._dealt(plan, plan.chunks[chunk_index])
         spans = dealt[self._rank]
-        held.shard.reserve(spans)
+        shard = held.resident
+        shard.reserve(spans)
         step = PrefillStep(
             runtime.transport,
             runtime.buffers,
             runtime.compute,
             plan.scheme,
-            held.shard,
+            shard,
             dealt,
-            (HeldKeys(held.shard, held.held),),
+            (HeldKeys(shard, held.held),),
             deterministic=plan.deterministic,
             audit=Audit.drawn(chunk_index, runtime.facts.num_layers, plan.audit_rows),
         )
@@ -211,14 +247,14 @@ class Contexts:
             synchronize(runtime.transport, runtime.device)  # a lost peer is named before the counts
             proof = step.prove(runtime.device)
         except torch.OutOfMemoryError as error:
-            held.shard.cancel()
+            shard.cancel()
             why = str(error).strip().splitlines()[0]
             raise TooLarge(
                 f"chunk {chunk_index} of {plan.chunk_tokens} tokens does not fit beside the KV on "
                 f"{runtime.device} ({why}); use a smaller --chunk-tokens"
             ) from None
         except BaseException:
-            held.shard.cancel()
+            shard.cancel()
             raise
         held.held = tuple(
             coalesce((*before, *new)) for before, new in zip(held.held, dealt, strict=True)
@@ -226,8 +262,31 @@ class Contexts:
         prefill.chunks_done += 1
         return out, proof
 
+    def begin_saving(self, context_id: str, staging: str) -> None:
+        """From now on this rank's pages go to the staging folder as soon as a chunk is done."""
+        held, prefill = self._prefilling(context_id)
+        if held.saving is not None:
+            held.saving.abort()
+        keys = page_keys(
+            self._runtime.facts.fingerprint,
+            _namespace(prefill.plan),
+            prefill.token_ids,
+            prefill.plan.page_tokens,
+        )
+        path = segment_path(staging, self._rank)
+        held.saving = WriteBehind(held.resident, held.origin, keys, path)
+        held.staging = staging
+
+    def _hand_over(self, context_id: str) -> None:
+        """The chunk's pages to the writers. Raises what earlier pages failed by: after the chunk,
+        so that the ranks stay in step."""
+        saving = self[context_id].saving
+        if saving is not None:
+            with on_device(self._runtime.device):
+                saving.add()
+
     def save(self, context_id: str, staging: str) -> ShardSaved:
-        """Writes this rank's pages into the staging folder."""
+        """What is not yet in the staging folder of this rank's pages; durable then."""
         began = time.perf_counter()
         held, prefill = self._prefilling(context_id)
         plan = prefill.plan
@@ -236,11 +295,12 @@ class Contexts:
                 f"context {context_id} has {prefill.chunks_done} of {len(plan.chunks)} chunks: it "
                 "is saved when it is whole"
             )
-        keys = page_keys(
-            self._runtime.facts.fingerprint, PUBLIC_NAMESPACE, prefill.token_ids, plan.page_tokens
-        )
+        if held.saving is None or held.staging != staging:
+            self.begin_saving(context_id, staging)
+        saving, held.saving = held.saving, None
+        assert saving is not None
         with on_device(self._runtime.device):
-            records = save_shard(held.shard, held.origin, keys, segment_path(staging, self._rank))
+            records = saving.finish()
         return ShardSaved(
             context_id=context_id,
             rank=self._rank,
@@ -254,16 +314,8 @@ class Contexts:
         self.drop(manifest.context_id)
         assigned = assign_pages(manifest, self._runtime.spec.world_size)
         records = assigned[self._rank]
-        name = _pool_name(manifest.context_id)
-        tokens = sum(record.span.tokens for record in records)
-        shard = self._runtime.new_shard(name, manifest.codec, tokens, manifest.page_tokens)
-        try:
-            with on_device(self._runtime.device):
-                load_shard(root, manifest, records, shard)
-        except BaseException:
-            del shard
-            self._runtime.pool.free(name)
-            raise
+        counters = StoreCounters(within=COUNTERS)
+        shard = self._open_shard(manifest, root, records, counters)
         held = tuple(coalesce(record.span for record in records) for records in assigned)
         self._held[manifest.context_id] = HeldContext(
             shard, manifest.num_tokens, held, manifest.origin
@@ -274,7 +326,69 @@ class Contexts:
             num_pages=len(records),
             kv_bytes=shard.kv_bytes,
             elapsed_s=time.perf_counter() - began,
+            pages=counters.snapshot(),
         )
+
+    def _open_shard(
+        self,
+        manifest: Manifest,
+        root: str,
+        records: Sequence[PageRecord],
+        counters: StoreCounters,
+    ) -> ContextShard | StreamedShard:
+        """On the device; where a GPU has no room for it, in host memory."""
+        runtime, name = self._runtime, _pool_name(manifest.context_id)
+        tokens = sum(record.span.tokens for record in records)
+        try:
+            shard = runtime.new_shard(name, manifest.codec, tokens, manifest.page_tokens)
+        except TooLarge as refused:
+            if runtime.device.type != "cuda":
+                raise
+            return self._open_streamed(manifest, root, records, refused, counters)
+        try:
+            supply = context_supply(Path(root), manifest, records, counters)
+            with on_device(runtime.device):
+                load_shard(root, manifest, records, shard, supply=supply)
+        except BaseException:
+            del shard
+            runtime.pool.free(name)
+            raise
+        return shard
+
+    def _open_streamed(
+        self,
+        manifest: Manifest,
+        root: str,
+        records: Sequence[PageRecord],
+        refused: TooLarge,
+        counters: StoreCounters,
+    ) -> StreamedShard:
+        """`refused`: why it does not lie on the device."""
+        runtime, form = self._runtime, manifest.form
+        tokens = sum(record.span.tokens for record in records)
+        need = form.bytes_of(tokens)
+        # the ranks of a gang may all be on this host
+        room = max(0, free_bytes("cpu") - RESERVE_BYTES["cpu"]) // runtime.spec.world_size
+        if need > room:
+            raise TooLarge(
+                f"{refused}; host memory has {room / GIB:.2f} GiB for a rank to stream from"
+            )
+        ring_bytes = SLOTS * need // form.num_layers
+        runtime.pool.check(f"streaming context {manifest.context_id}", ring_bytes, manifest.codec)
+        held = ContextShard(
+            codec(form.codec),
+            form.num_layers,
+            form.num_kv_heads,
+            form.head_dim,
+            runtime.dtype,
+            "cpu",
+            tokens,
+            form.page_tokens,
+        )
+        supply = context_supply(Path(root), manifest, records, counters)
+        sums = load_shard(root, manifest, records, held, supply=supply)
+        with on_device(runtime.device):
+            return StreamedShard(held, sums, runtime.device)
 
     @property
     def _rank(self) -> int:
@@ -297,7 +411,7 @@ class Contexts:
             approximations.append(f"attended over {plan.codec} pages")
         return Origin(
             fingerprint=self._runtime.facts.fingerprint,
-            namespace=namespace_digest(PUBLIC_NAMESPACE),
+            namespace=namespace_digest(_namespace(plan)),
             rope=f"applied, scaling {self._runtime.spec.model.rope_scaling or 'none'}",
             provenance=tuple(dict.fromkeys(approximations)) or EXACT,
         )
@@ -313,12 +427,12 @@ def copy_pages(source: ContextShard, shard: ContextShard, spans: tuple[Span, ...
         raise BadInput(f"these pages do not fit the shard: {differences(shard.form, source.form)}")
     shard.reserve(spans)
     lengths = [page.tokens for page, _ in shard.pages()]
-    load = batches(lengths, shard.token_bytes, 0)
-    size = max((batch.pages * batch.tokens for batch in load), default=0) * shard.token_bytes
+    load = batches(lengths, shard.bytes_of, 0)
+    size = max((batch.pages * shard.bytes_of(batch.tokens) for batch in load), default=0)
     room = torch.empty(size, dtype=torch.uint8, device=shard.device)
     try:
         for batch in load:
-            page_bytes = batch.tokens * shard.token_bytes
+            page_bytes = shard.bytes_of(batch.tokens)
             payloads = room[: batch.pages * page_bytes].view(batch.pages, page_bytes)
             source.gather(batch.row, batch.tokens, payloads)
             shard.fill(batch.row, batch.tokens, payloads)
@@ -333,6 +447,10 @@ def copy_pages(source: ContextShard, shard: ContextShard, spans: tuple[Span, ...
 def _before(spans: tuple[Span, ...], stop: int) -> tuple[Span, ...]:
     """What of `spans` lies before position `stop`."""
     return coalesce(Span(span.start, min(span.stop, stop)) for span in spans if span.start < stop)
+
+
+def _namespace(plan: PrefillPlan) -> bytes:
+    return bytes.fromhex(plan.namespace) if plan.namespace else PUBLIC_NAMESPACE
 
 
 def _pool_name(context_id: str) -> str:

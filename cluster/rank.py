@@ -17,14 +17,20 @@ from ringspan.cluster.answers import Answers
 from ringspan.cluster.messages import (
     AnswerRequest,
     ChunkDone,
+    GangRepair,
     GangSpec,
+    PageDeviation,
+    PagesRecomputed,
     PrefillPlan,
     RankReady,
     ShardOpened,
     ShardSaved,
+    ShardSurvived,
     TokenChunk,
+    TokenChunks,
 )
 from ringspan.cluster.prefills import Contexts
+from ringspan.cluster.repair import Repairs
 from ringspan.cluster.runtime import TILE_ROWS, Rendezvous, Runtime
 from ringspan.kvstore.manifest import Manifest
 from ringspan.types import Span, page_tokens_for
@@ -35,6 +41,7 @@ class Rank:
         self._runtime = Runtime(rank, spec)
         self.contexts = Contexts(self._runtime)
         self.answers = Answers(self._runtime, self.contexts)
+        self.repairs = Repairs(self._runtime)
 
     def host_store(self) -> tuple[str, int]:
         """On rank 0 only, before `start`: where the gang's ranks meet."""
@@ -72,7 +79,7 @@ class Rank:
         self.begin_prefill(plan, np.zeros(num_tokens, dtype=np.int32))
         for index in range(len(plan.chunks)):
             self.prefill_chunk(plan.context_id, index)
-        self.contexts[plan.context_id].shard.all_plane_sums()
+        self.contexts[plan.context_id].resident.all_plane_sums()
         request = AnswerRequest(
             session_id="warm-up", context_id=plan.context_id, token_ids=(0,), max_tokens=2
         )
@@ -108,8 +115,12 @@ class Rank:
         """`prefill_chunk` for those who compare: this rank's spans, logits fp32 [T, vocabulary]."""
         return self.contexts.chunk_logits(context_id, chunk_index)
 
+    def begin_saving(self, context_id: str, staging: str) -> None:
+        """After `begin_prefill...`: from now on pages go to the staging folder behind each chunk."""
+        self.contexts.begin_saving(context_id, staging)
+
     def save(self, context_id: str, staging: str) -> ShardSaved:
-        """After the last chunk: this rank's pages into a segment of the staging folder."""
+        """After the last chunk: what of this rank's pages is not in the staging folder yet."""
         return self.contexts.save(context_id, staging)
 
     def open(self, manifest: Manifest, root: str) -> ShardOpened:
@@ -117,8 +128,32 @@ class Rank:
         self.drop(manifest.context_id)
         return self.contexts.open(manifest, root)
 
+    def open_surviving(
+        self, manifest: Manifest, root: str, without: tuple[Span, ...]
+    ) -> ShardSurvived:
+        """What can be had of a stored context but for the pages `without`. May be repeated."""
+        self.drop(manifest.context_id)
+        return self.repairs.open_surviving(manifest, root, without)
+
+    def recompute_pages(self, repair: GangRepair) -> PagesRecomputed:
+        """After `open_surviving` on all ranks, with the pages that any of them lacks."""
+        return self.repairs.recompute_pages(repair)
+
+    def write_recomputed(self, context_id: str, nonce: str) -> ShardSaved:
+        """This rank's recomputed pages into new segments of the context's folder."""
+        return self.repairs.write_recomputed(context_id, nonce)
+
+    def compare_recomputed(self, context_id: str) -> tuple[PageDeviation, ...]:
+        """This rank's recomputed pages against the stored ones."""
+        return self.repairs.compare_recomputed(context_id)
+
+    def write_parity(self, manifest: Manifest, staging: str, rows: int) -> int:
+        """This rank's share of the parity over a context whose segments are all written."""
+        return self.repairs.write_parity(manifest, staging, rows)
+
     def drop(self, context_id: str) -> None:
         """Forgets a context and the sessions on it. May be repeated."""
+        self.repairs.close(context_id)
         self.answers.end_all_on(context_id)
         self.contexts.drop(context_id)
 
@@ -128,6 +163,10 @@ class Rank:
         Closed early, the session stays at the last token yielded.
         """
         return self.answers.generate(request)
+
+    def generate_together(self, requests: tuple[AnswerRequest, ...]) -> Iterator[TokenChunks]:
+        """Several sessions' tokens, one of each with every step; otherwise as `generate`."""
+        return self.answers.generate_together(requests)
 
     def end_session(self, session_id: str) -> None:
         """Forgets a session's tail. May be repeated."""
@@ -140,5 +179,6 @@ class Rank:
     def stop(self) -> None:
         """Last. May be repeated."""
         self.answers.clear()
+        self.repairs.clear()
         self.contexts.clear()
         self._runtime.stop()

@@ -71,6 +71,8 @@ class Runtime:
         self.device = device_named(spec.device)
         self.buffers = Buffers(self.device)
         self.compute = Compute(spec.backend, alternate=spec.world_size > 1)
+        self.captures = True
+        """Whether decode steps may become CUDA graphs, where they can."""
         self._model: Any = None
 
     def host_store(self) -> tuple[str, int]:
@@ -141,7 +143,10 @@ class Runtime:
                 dtype=self.dtype, device=self.device,
             )  # fmt: skip
             specs = chosen.specs(self.facts.num_kv_heads, self.facts.head_dim, self.dtype)
-            into = tuple(k.new_empty((page_tokens, *s.shape), dtype=s.dtype) for s in specs)
+            into = tuple(
+                k.new_empty((spec.units(page_tokens), *spec.shape), dtype=spec.dtype)
+                for spec in specs
+            )
             chosen.encode(k, k, into)
             chosen.decode(into, torch.empty_like(k), torch.empty_like(k))
 
@@ -154,19 +159,28 @@ class Runtime:
         return max(0, peak - self._weights_bytes - self.pool.in_use_bytes)
 
     def forward(
-        self, ids: torch.Tensor, where: torch.Tensor, step: Step, *, logits: bool, last_only: bool
+        self,
+        ids: torch.Tensor,
+        where: torch.Tensor,
+        step: Step,
+        *,
+        logits: bool,
+        last_only: bool,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens through the model: ids, where (their positions) int64 [T] -> hidden states
-        [T, hidden], or logits [T, vocabulary] ([1, vocabulary] with last_only)."""
+        [T, hidden], or logits [T, vocabulary] ([1, vocabulary] with last_only, or of the `rows`
+        int64 that are wanted)."""
         arguments = {
             "input_ids": ids[None].to(self.device),
             "position_ids": where[None].to(self.device),
             "use_cache": False,
             "ringspan": step,
         }
+        keep = int(last_only) if rows is None else rows.to(self.device)
         with on_device(self.device), torch.inference_mode():
             if logits:
-                out: torch.Tensor = self._model(**arguments, logits_to_keep=int(last_only)).logits
+                out: torch.Tensor = self._model(**arguments, logits_to_keep=keep).logits
             else:
                 out = self._model.base_model(**arguments).last_hidden_state
         return out[0]

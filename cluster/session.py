@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
 import torch
 
+from ringspan.cluster.known import Known
 from ringspan.cluster.messages import ModelFacts, PrefillPlan
 from ringspan.errors import BadInput
 from ringspan.kvstore.codecs.registry import codec
+from ringspan.kvstore.fidelity import ANY, Fidelity
 from ringspan.kvstore.manifest import Manifest
-from ringspan.kvstore.page import page_form
+from ringspan.kvstore.page import PageForm, page_form
+from ringspan.kvstore.records import Tier
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class ContextHandle:
     """Encoded, over all ranks."""
     open_s: float = 0.0
     """Read, verified and placed; 0 if it was prefilled here."""
-    keys: tuple[str, ...] = ()
-    """Of its pages, in position order."""
+    fidelity: Fidelity = Fidelity.EXACT
+    pages: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What became of its pages when it was opened, by road; see `kvstore.tiers.counters`."""
+    recomputed: int = 0
+    """Pages that were lost when it was opened, and computed again."""
 
 
 class Prefix(NamedTuple):
@@ -39,23 +45,49 @@ class Prefix(NamedTuple):
     """What is left to do of the new one."""
     manifest: Manifest | None
     """Of the known one; None: the gang holds it."""
+    fidelity: Fidelity
+    """Of the known one: what is computed over it is no better."""
 
 
 def longest_prefix(
     plan: PrefillPlan,
     keys: Sequence[str],
-    facts: ModelFacts,
-    held: Iterable[ContextHandle],
-    stored: Iterable[Manifest],
+    form: PageForm,
+    known: Known,
+    lowest: Fidelity = ANY,
 ) -> Prefix | None:
-    """Where most of the plan's pages, whose keys these are, lie already; a held context before a
-    stored one. None where no context in the plan's codec begins with the same page.
+    """Where most of the plan's pages, whose keys and form these are, lie already, of fidelity
+    `lowest` at least; a held context before a stored one. None where no context in this form begins
+    with the same page.
 
     Keys are chained hashes of model, namespace and all tokens so far, so that equal keys and an
     equal form are the same KV. The last page is always computed, so that a prefill has a chunk. A
     held context is not begun on itself: that would drop it.
     """
-    form = page_form(
+    most = (plan.num_tokens - 1) // plan.page_tokens
+    pages, found, on_gang = 0, None, False
+    for row in known.leading(keys, form, lowest):
+        same, held = min(most, row.pages), row.shelf.tier is Tier.GPU
+        if held and row.shelf.place == plan.context_id:
+            continue
+        if same and (same, held) > (pages, on_gang):
+            pages, found, on_gang = same, row, held
+    if found is None:
+        return None
+    onto = msgspec.structs.replace(
+        plan,
+        prefix_id=found.shelf.place,
+        reused_tokens=pages * plan.page_tokens,
+        predicted_s=0.0,  # it was for the whole
+        predicted_chunk_s=(),
+    )
+    manifest = None if on_gang else known.manifest(found.shelf.place)
+    return Prefix(onto, manifest, Fidelity(found.shelf.fidelity))
+
+
+def form_of(plan: PrefillPlan, facts: ModelFacts) -> PageForm:
+    """Of the pages that the plan makes."""
+    return page_form(
         codec(plan.codec),
         facts.num_layers,
         facts.num_kv_heads,
@@ -63,38 +95,6 @@ def longest_prefix(
         getattr(torch, facts.dtype),
         plan.page_tokens,
     )
-    known: list[tuple[str, Sequence[str], Manifest | None]] = [
-        (handle.context_id, handle.keys, None)
-        for handle in held
-        if handle.codec == plan.codec and handle.context_id != plan.context_id
-    ]
-    known += [
-        (manifest.context_id, manifest.keys, manifest)
-        for manifest in stored
-        if manifest.form == form
-    ]
-    most = (plan.num_tokens - 1) // plan.page_tokens
-    pages, found = 0, None
-    for prefix_id, theirs, manifest in known:
-        if (same := min(most, shared_pages(keys, theirs))) > pages:
-            onto = msgspec.structs.replace(
-                plan,
-                prefix_id=prefix_id,
-                reused_tokens=same * plan.page_tokens,
-                predicted_s=0.0,  # it was for the whole
-                predicted_chunk_s=(),
-            )
-            pages, found = same, Prefix(onto, manifest)
-    return found
-
-
-def shared_pages(keys: Sequence[str], known: Sequence[str]) -> int:
-    """How many of the first pages are the same. A key says that all before it are equal too."""
-    low, high = 0, min(len(keys), len(known))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if keys[middle - 1] == known[middle - 1] else (low, middle - 1)
-    return low
 
 
 @dataclass
@@ -122,6 +122,9 @@ class Sessions:
         """True if there was one."""
         return self._context_of.pop(session_id, None) is not None
 
-    def end_all_on(self, context_id: str) -> None:
-        for session_id in [s for s, c in self._context_of.items() if c == context_id]:
+    def end_all_on(self, context_id: str) -> tuple[str, ...]:
+        """Those that were."""
+        ended = tuple(s for s, c in self._context_of.items() if c == context_id)
+        for session_id in ended:
             del self._context_of[session_id]
+        return ended

@@ -239,7 +239,8 @@ class _Bench:
         k, v = (self._random(rows, facts.num_kv_heads, facts.head_dim) for _ in range(2))
         specs = chosen.specs(facts.num_kv_heads, facts.head_dim, self.dtype)
         into = tuple(
-            torch.empty((rows, *spec.shape), dtype=spec.dtype, device=self.device) for spec in specs
+            torch.empty((spec.units(rows), *spec.shape), dtype=spec.dtype, device=self.device)
+            for spec in specs
         )
         return lambda: chosen.encode(k, v, into), lambda: chosen.decode(into, k, v)
 

@@ -11,6 +11,7 @@ from ringspan.errors import BadInput, StoreError
 from ringspan.kvstore.frame import ALIGN, aligned
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE
 from ringspan.kvstore.manifest import Manifest
+from ringspan.kvstore.parity import GROUP_PAGES
 from ringspan.kvstore.segment import read_frame
 from ringspan.types import Span
 
@@ -41,6 +42,7 @@ def manifest_of(
     description: Description,
     *,
     created_unix_s: float,
+    namespace: bytes = PUBLIC_NAMESPACE,
 ) -> Manifest:
     """Pages of all ranks in position order. Model, form and provenance are taken from the first
     page as it lies on the disk: pages describe themselves. Raises StoreError, CorruptPage."""
@@ -55,7 +57,7 @@ def manifest_of(
         model=spec.model,
         origin=header.origin,
         form=header.form,
-        namespace=PUBLIC_NAMESPACE.hex(),
+        namespace=namespace.hex(),
         num_tokens=plan.num_tokens,
         layout=plan.layout,
         chunk_tokens=plan.chunk_tokens,
@@ -70,11 +72,14 @@ def manifest_of(
     )
 
 
-def store_bytes(plan: PrefillPlan, kv_bytes: int) -> int:
-    """What a context takes on disk, at most: frames, tokens, manifest."""
+def store_bytes(plan: PrefillPlan, kv_bytes: int, world_size: int) -> int:
+    """What a context takes on disk, at most: frames, parity, tokens, manifest."""
     num_pages = -(-plan.num_tokens // plan.page_tokens)
     page_bytes = kv_bytes * plan.page_tokens // plan.num_tokens
-    frames = num_pages * (HEAD_BYTES + aligned(page_bytes))
+    width = world_size if world_size > 1 else GROUP_PAGES
+    uneven = 2 * len(plan.chunks)  # pages that one rank may have more than another
+    frames = num_pages + plan.parity * (-(-num_pages // width) + uneven)
+    frames *= HEAD_BYTES + aligned(page_bytes)
     return frames + num_pages * RECORD_BYTES + 4 * plan.num_tokens + ALIGN
 
 

@@ -6,9 +6,11 @@ continued word for word. A model without a tokenizer takes and gives token ids, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
+from ringspan.deploy.record import Answered
 from ringspan.deploy.text_stream import TextStream
 from ringspan.errors import BadInput
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ringspan.attention.models.chat import ChatFrame
+    from ringspan.cluster.messages import LongTurn, TokenChunk
     from ringspan.kvstore.manifest import Manifest
 
 
@@ -102,3 +105,66 @@ class NumberStream:
 
     def finish(self) -> str:
         return ""
+
+
+class Spoken:
+    """One answer, from its tokens as they come."""
+
+    def __init__(self, voice: Voice, question: str, ids: tuple[int, ...]) -> None:
+        self.question, self.done = question, False
+        self._ids, self._stream = ids, voice.stream()
+        self._pieces: list[str] = []
+        self._count, self._reason = 0, "length"
+        self._long_turn: LongTurn | None = None
+        self._began = time.perf_counter()
+        self._first_s = self._elapsed_s = 0.0
+
+    def push(self, token: TokenChunk) -> str:
+        """What may be printed of the answer now."""
+        self._count += 1
+        self._long_turn = self._long_turn or token.long_turn
+        self._first_s = self._first_s or time.perf_counter() - self._began
+        text = "" if token.finish_reason == "stop" else self._stream.push(token.token_id)
+        if token.finish_reason is not None:
+            self._reason = token.finish_reason
+            text += self._stream.finish()
+            self._elapsed_s, self.done = time.perf_counter() - self._began, True
+        self._pieces.append(text)
+        return text
+
+    @property
+    def text(self) -> str:
+        """So far."""
+        return "".join(self._pieces)
+
+    def answered(self) -> Answered:
+        """For the record, after the last token."""
+        return Answered(
+            question=self.question,
+            answer=self.text,
+            question_tokens=len(self._ids),
+            answer_tokens=self._count,
+            first_token_s=self._first_s,
+            elapsed_s=self._elapsed_s,
+            finish_reason=self._reason,
+            long_turn=self._long_turn,
+        )
+
+
+def in_order(answers: dict[str, Spoken], tokens: Iterable[TokenChunk]) -> Iterator[str]:
+    """Answers that come together, as text to print one after the other: `> question`, the answer
+    as it comes or as far as it has come, a line's end. answers: by session, in their order."""
+    order, at = list(answers.values()), 0
+    shown = -1  # characters of the answer whose turn it is; -1: not even its question
+    for token in tokens:
+        answers[token.session_id].push(token)
+        while at < len(order):
+            spoken = order[at]
+            if shown < 0:
+                yield f"{chr(10) if at else ''}> {spoken.question}\n"
+            yield spoken.text[max(0, shown) :]
+            shown = len(spoken.text)
+            if not spoken.done:
+                break
+            yield "\n"
+            at, shown = at + 1, -1

@@ -7,15 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ringspan.errors import CorruptPage, StoreError
+from ringspan.kvstore.frame import aligned
 from ringspan.kvstore.manifest import read_manifest
-from ringspan.kvstore.segment import read_frame, where_is
+from ringspan.kvstore.page import verify_sums
+from ringspan.kvstore.planes import payload_sums
+from ringspan.kvstore.supply import NO_QUARANTINE, Supply
+from ringspan.kvstore.tiers.counters import StoreCounters
+from ringspan.kvstore.tiers.placement import read_placement, reader_of
 from ringspan.kvstore.tokens import TOKENS, read_tokens
-from ringspan.kvstore.transfer import check_context
 from ringspan.types import Span
 
 if TYPE_CHECKING:
@@ -90,29 +95,38 @@ def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> 
 def _verify_pages(
     folder: Path, manifest: Manifest, progress: Progress | None, readers: int
 ) -> list[BadPage]:
+    """Of every tier that holds the context; each copy of a page counts by itself."""
     bad: list[BadPage] = []
     pending: deque[tuple[PageRecord, Future[str | None]]] = deque()
-    done = 0
-    with ThreadPoolExecutor(readers, "verify") as pool:
-        for record in (*manifest.pages, None):
-            while pending and (record is None or len(pending) > 2 * readers):
+    names = read_placement(folder).tiers
+    done, total = 0, len(manifest.pages) * len(names)
+    with ThreadPoolExecutor(readers, "verify") as pool, ExitStack() as open_tiers:
+        jobs = []
+        for name in names:
+            reader = reader_of(name, folder, manifest, manifest.pages)
+            supply = Supply(manifest, [reader], NO_QUARANTINE, StoreCounters())
+            open_tiers.enter_context(supply)
+            jobs += [(supply, record) for record in manifest.pages]
+        for job in (*jobs, None):
+            while pending and (job is None or len(pending) > 2 * readers):
                 read, future = pending.popleft()
                 what = future.result()
                 if what is not None:
                     bad.append(_bad_page(read, what))
                 done += 1
                 if progress is not None:
-                    progress(done, len(manifest.pages))
-            if record is not None:
-                pending.append((record, pool.submit(_problem, folder, manifest, record)))
+                    progress(done, total)
+            if job is not None:
+                pending.append((job[1], pool.submit(_problem, *job)))
     return bad
 
 
-def _problem(folder: Path, manifest: Manifest, record: PageRecord) -> str | None:
-    path = folder / record.segment
+def _problem(supply: Supply, record: PageRecord) -> str | None:
+    room = memoryview(bytearray(aligned(record.payload_bytes)))
     try:
-        page = read_frame(path, record)
-        check_context(page.header, manifest, where_is(path, record))
+        header = supply.page(record, room).header
+        form, payload = header.form, room[: record.payload_bytes]
+        verify_sums(header, payload_sums(payload, form.specs, form.num_layers, record.span.tokens))
     except (CorruptPage, StoreError) as error:
         return str(error)
     return None

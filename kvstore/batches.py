@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ringspan.attention.kv import specs_bytes
 from ringspan.kvstore.frame import ALIGN, aligned
+from ringspan.kvstore.planes import gather, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from ringspan.kvstore.shard import ContextShard
+    from ringspan.attention.kv import TensorSpec
+    from ringspan.kvstore.planes import Layers
+
+    BytesOf = Callable[[int], int]
+    """Encoded bytes of a page of so many tokens: `ContextShard.bytes_of`, `PageForm.bytes_of`."""
 
 BATCH_BYTES = 64 << 20
 """Of payload that one buffer holds; a page that is larger goes alone."""
@@ -29,13 +35,13 @@ class Batch(NamedTuple):
     """Of the shard, where its first page lies."""
 
 
-def batches(lengths: Sequence[int], token_bytes: int, row: int) -> list[Batch]:
+def batches(lengths: Sequence[int], bytes_of: BytesOf, row: int) -> list[Batch]:
     """Pages of `lengths` tokens, which follow each other from `row` on, in buffer's loads."""
     found: list[Batch] = []
     at = 0
     while at < len(lengths):
         tokens = lengths[at]
-        most = max(1, BATCH_BYTES // (tokens * token_bytes))
+        most = max(1, BATCH_BYTES // bytes_of(tokens))
         stop = at
         while stop < len(lengths) and stop - at < most and lengths[stop] == tokens:
             stop += 1
@@ -65,28 +71,34 @@ class Buffer:
         stride = aligned(page_bytes)
         return self._bytes[index * stride : (index + 1) * stride]
 
-    def take(self, shard: ContextShard, batch: Batch) -> None:
-        """Start copying the batch out of the shard; `wait` before its bytes are read."""
-        page_bytes = batch.tokens * shard.token_bytes
+    def take(self, layers: Layers, specs: Sequence[TensorSpec], batch: Batch) -> None:
+        """Start copying the batch out of a shard's tensors; `wait` before its bytes are read.
+
+        layers: may be some of the shard's, or some rows; the batch's row counts from their first.
+        """
+        page_bytes = len(layers) * specs_bytes(specs, batch.tokens)
         stage = self._host if self._device is None else self._device
         rows = _rows(stage, batch.pages, page_bytes)
-        shard.gather(batch.row, batch.tokens, rows[:, :page_bytes])
+        gather(layers, specs, batch.row, batch.tokens, rows[:, :page_bytes])
         rows[:, page_bytes:].zero_()
         if self._device is not None and self._copied is not None:
             size = rows.numel()
             self._host[:size].copy_(self._device[:size], non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self._device.device))
 
-    def give(self, shard: ContextShard, batch: Batch) -> None:
-        """Start copying the batch into reserved rows; `wait` before the buffer is used again."""
-        page_bytes = batch.tokens * shard.token_bytes
+    def give(self, layers: Layers, specs: Sequence[TensorSpec], batch: Batch) -> None:
+        """Start copying the batch into a shard's tensors; `wait` before the buffer is used again.
+
+        layers: may be some of the shard's: then the buffer holds these planes of each page alone.
+        """
+        page_bytes = len(layers) * specs_bytes(specs, batch.tokens)
         rows = _rows(self._host, batch.pages, page_bytes)
         if self._device is not None and self._copied is not None:
             size = rows.numel()
             self._device[:size].copy_(self._host[:size], non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self._device.device))
             rows = _rows(self._device, batch.pages, page_bytes)
-        shard.fill(batch.row, batch.tokens, rows[:, :page_bytes])
+        scatter(layers, specs, batch.row, batch.tokens, rows[:, :page_bytes])
 
     def wait(self) -> None:
         """Until the copy between host and device is done."""
@@ -94,9 +106,9 @@ class Buffer:
             self._copied.synchronize()
 
 
-def buffer_bytes(load: Sequence[Batch], token_bytes: int) -> int:
+def buffer_bytes(load: Sequence[Batch], bytes_of: BytesOf) -> int:
     """Size of a buffer that takes any of these batches."""
-    return max((batch.pages * aligned(batch.tokens * token_bytes) for batch in load), default=0)
+    return max((batch.pages * aligned(bytes_of(batch.tokens)) for batch in load), default=0)
 
 
 def _rows(data: torch.Tensor, pages: int, page_bytes: int) -> torch.Tensor:

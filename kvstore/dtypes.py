@@ -1,18 +1,10 @@
-"""Names of torch dtypes as they stand in headers and manifests, and sizes in bytes."""
+"""Names of torch dtypes as they stand in headers and manifests."""
 
 from __future__ import annotations
-
-import math
-from typing import TYPE_CHECKING
 
 import torch
 
 from ringspan.errors import UnknownName
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from ringspan.attention.kv import TensorSpec
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -41,13 +33,3 @@ def dtype_name(dtype: torch.dtype) -> str:
         return _NAMES[dtype]
     except KeyError:
         raise UnknownName("dtype", str(dtype), tuple(DTYPES)) from None
-
-
-def token_bytes(spec: TensorSpec) -> int:
-    """Bytes of one token in this tensor."""
-    return math.prod(spec.shape) * int(spec.dtype.itemsize)
-
-
-def specs_bytes(specs: Iterable[TensorSpec]) -> int:
-    """Bytes of one token of one layer in all tensors of an encoding."""
-    return sum(token_bytes(spec) for spec in specs)

@@ -106,7 +106,7 @@ class Store:
         try:
             self._check_staged(folder, manifest)
             _write_file(folder / MANIFEST, encode_manifest(manifest))
-            _sync_folder(folder)
+            staging.sync_folder(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 trash = self._trash(manifest.context_id)
@@ -115,7 +115,7 @@ class Store:
             else:
                 os.rename(folder, target)
             staging.disown(target)
-            _sync_folder(target.parent)
+            staging.sync_folder(target.parent)
         except OSError as error:
             self.abort(staging_folder)
             raise store_error(error, "cannot publish in", self.root) from None
@@ -137,7 +137,7 @@ class Store:
         try:
             trash = self._trash(name)
             os.rename(self._folder(name), trash)
-            _sync_folder(self.root / "contexts")
+            staging.sync_folder(self.root / "contexts")
         except OSError as error:
             raise store_error(error, f"cannot remove context {name} in", self.root) from None
         shutil.rmtree(trash, ignore_errors=True)
@@ -240,11 +240,3 @@ def _write_file(path: Path, data: bytes | memoryview) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

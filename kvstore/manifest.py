@@ -15,6 +15,7 @@ import xxhash
 
 from ringspan.cluster.messages import ModelSpec, PageRecord
 from ringspan.errors import StoreError, UnknownName
+from ringspan.kvstore.fidelity import Fidelity, fidelity_of
 from ringspan.kvstore.frame import ALIGN, aligned
 from ringspan.kvstore.keys import CONTEXT_ID_CHARS
 from ringspan.kvstore.page import Origin, PageForm
@@ -24,7 +25,7 @@ from ringspan.types import Span
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SEGMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.seg")
 """A segment is a plain file name: nothing in a manifest can point out of its folder."""
@@ -72,6 +73,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(page.key for page in self.pages)
+
+    @property
+    def fidelity(self) -> Fidelity:
+        return fidelity_of(self.form, self.origin)
 
     @property
     def exact(self) -> bool:
@@ -124,7 +129,7 @@ def check_manifest(manifest: Manifest) -> None:
     if manifest.num_tokens < 1 or step < 1:
         raise StoreError(f"{name}: {manifest.num_tokens} tokens in pages of {step}")
     try:
-        token_bytes = manifest.form.token_bytes
+        full_bytes = manifest.form.bytes_of(step)
     except UnknownName as error:
         raise StoreError(f"{name}: {error}; a newer version may have written it") from None
     position = 0
@@ -137,10 +142,13 @@ def check_manifest(manifest: Manifest) -> None:
             )
         if not SEGMENT_NAME.fullmatch(page.segment):
             raise StoreError(f"{name}: segment name {page.segment!r} is not a plain *.seg name")
-        if page.payload_bytes != page.span.tokens * token_bytes:
+        page_bytes = full_bytes
+        if page.span.tokens < step:
+            page_bytes = manifest.form.bytes_of(page.span.tokens)
+        if page.payload_bytes != page_bytes:
             raise StoreError(
                 f"{name}: page [{page.span.start}, {page.span.stop}) of {page.payload_bytes} "
-                f"bytes, its form makes {page.span.tokens * token_bytes}"
+                f"bytes, its form makes {page_bytes}"
             )
         head_bytes = page.frame_bytes - aligned(page.payload_bytes)
         if page.offset < 0 or page.offset % ALIGN or head_bytes < ALIGN or head_bytes % ALIGN:

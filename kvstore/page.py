@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import xxhash
 
-from ringspan.attention.kv import TensorSpec
+from ringspan.attention.kv import TensorSpec, specs_bytes, unit_tokens
 from ringspan.errors import CorruptPage, UnknownName
 from ringspan.kvstore.codecs.registry import PageCodec, codec
-from ringspan.kvstore.dtypes import dtype_name, dtype_of, specs_bytes
+from ringspan.kvstore.dtypes import dtype_name, dtype_of
 from ringspan.kvstore.keys import ROOT_KEY
 from ringspan.kvstore.planes import payload_sums
 from ringspan.types import Span
@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
     import torch
 
-FORMAT = 1
-"""Version of header and payload; a reader refuses any other."""
+FORMAT = 2
+"""Version of header and payload; a reader refuses any other. 2: tensors count in units."""
 
 EXACT = ("exact",)
 """Provenance of KV computed without any approximation."""
+
+RECOMPUTED = "recomputed after loss"
+"""Beside a page's provenance: the context's other pages were sealed before, and this one was
+computed again from its tokens over those that were left, equal up to the arithmetic's rounding."""
 
 
 class TensorForm(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -37,8 +41,10 @@ class TensorForm(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     name: str
     shape: tuple[int, ...]
-    """Of one token."""
+    """Of one unit."""
     dtype: str
+    tokens: int = 1
+    """Of one unit: 1, or the page's."""
 
 
 class PageForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,12 +62,11 @@ class PageForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(t.name, t.shape, dtype_of(t.dtype)) for t in self.tensors)
+        return tuple(TensorSpec(t.name, t.shape, dtype_of(t.dtype), t.tokens) for t in self.tensors)
 
-    @property
-    def token_bytes(self) -> int:
-        """Encoded bytes of one token, all layers."""
-        return self.num_layers * specs_bytes(self.specs)
+    def bytes_of(self, tokens: int) -> int:
+        """Encoded bytes of a page that holds `tokens` tokens, all layers."""
+        return self.num_layers * specs_bytes(self.specs, tokens)
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +80,17 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """State of the positions in K, e.g. `applied theta=500000 scaling=yarn:4`."""
     provenance: tuple[str, ...] = EXACT
     """`("exact",)`, or the name of each approximation that the KV was computed with."""
+
+
+def recomputed(origin: Origin) -> Origin:
+    """Of a page of a context of this origin that was lost and computed again."""
+    return msgspec.structs.replace(origin, provenance=(*as_sealed(origin).provenance, RECOMPUTED))
+
+
+def as_sealed(origin: Origin) -> Origin:
+    """Of the context that a page of this origin belongs to."""
+    kept = tuple(entry for entry in origin.provenance if entry != RECOMPUTED)
+    return msgspec.structs.replace(origin, provenance=kept)
 
 
 class PageHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,7 +135,9 @@ def page_form(
         dtype=dtype_name(dtype),
         codec=codec.name,
         codec_params=codec.params(head_dim),
-        tensors=tuple(TensorForm(s.name, tuple(s.shape), dtype_name(s.dtype)) for s in specs),
+        tensors=tuple(
+            TensorForm(s.name, tuple(s.shape), dtype_name(s.dtype), s.tokens) for s in specs
+        ),
     )
 
 
@@ -185,16 +203,21 @@ def verify_header(header: PageHeader) -> None:
         raise CorruptPage(f"{name}: {error}") from None
     if form != wanted:
         raise CorruptPage(f"{name}: form differs: {differences(wanted, form)}")
+    if unit_tokens(wanted.specs) not in (1, form.page_tokens):
+        raise CorruptPage(
+            f"{name}: pages of {form.page_tokens} tokens, codec {form.codec} makes pages of "
+            f"{unit_tokens(wanted.specs)}"
+        )
     if span.start % form.page_tokens or not 0 < span.tokens <= form.page_tokens:
         raise CorruptPage(f"{name}: the span is not a page of {form.page_tokens} tokens")
     if len(header.plane_sums) != form.num_layers:
         raise CorruptPage(
             f"{name}: {len(header.plane_sums)} plane sums for {form.num_layers} layers"
         )
-    if header.payload_bytes != span.tokens * form.token_bytes:
+    if header.payload_bytes != form.bytes_of(span.tokens):
         raise CorruptPage(
             f"{name}: payload of {header.payload_bytes} bytes, its form makes "
-            f"{span.tokens * form.token_bytes}"
+            f"{form.bytes_of(span.tokens)}"
         )
 
 

@@ -2,16 +2,16 @@
 
 A payload is a page's planes in layer order; a plane is its tensors' bytes in the codec's order:
 
-    payload = for layer in 0..L-1: for t in tensors: bytes of layers[layer][t][row : row + tokens]
+    payload = for layer in 0..L-1: for t in tensors: bytes of layers[layer][t]'s units of the page
     plane_sum(layer) = sum over t of sum64(bytes of tensor t, seed t + 1)   mod 2^64
 
-Pages that follow each other in a shard lie at equal distances, so that one copy per (layer,
-tensor) moves many pages.
+The units of a page: `tokens` of them where a unit is a token, one where a unit is a page, which a
+short page takes whole. Pages that follow each other in a shard lie at equal distances, so that one
+copy per (layer, tensor) moves many pages.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,64 +25,66 @@ if TYPE_CHECKING:
     from ringspan.attention.kv import TensorSpec
 
 Layers = tuple[tuple[torch.Tensor, ...], ...]
-"""[layer][tensor], each [capacity, *spec.shape]."""
+"""[layer][tensor], each [units, *spec.shape]."""
 
 GROUP_BYTES = 32 << 20
 """What a sum takes of one tensor at a time: bounds its scratch memory."""
 
 
-def tensor_token_bytes(tensor: torch.Tensor) -> int:
-    return math.prod(tensor.shape[1:]) * int(tensor.element_size())
-
-
 def page_views(
-    layers: Layers, row: int, tokens: int, payloads: torch.Tensor
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, payloads: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(tensor part, payload part) of each (layer, tensor), both [pages, bytes / width].
 
     As 8-byte words where everything is a multiple of 8, which copies faster, else as bytes.
     """
     pages = payloads.shape[0]
-    widths = [tokens * tensor_token_bytes(tensor) for tensor in layers[0]]
+    widths = [spec.bytes_of(tokens) for spec in specs]
     if payloads.shape[1] != sum(widths) * len(layers):
         raise ValueError(
             f"payloads of {payloads.shape[1]} bytes for pages of {sum(widths) * len(layers)}"
         )
     places = (payloads.data_ptr(), payloads.stride(0), *widths)
-    places += tuple(row * tensor_token_bytes(tensor) for tensor in layers[0])
+    places += tuple(spec.bytes_of(row) for spec in specs)
     words = all(place % 8 == 0 for place in places)
     kind, size = (torch.int64, 8) if words else (torch.uint8, 1)
     payloads = payloads.view(kind)
     at = 0
     for layer in layers:
-        for tensor, width in zip(layer, widths, strict=True):
-            rows = tensor[row : row + pages * tokens].reshape(-1).view(torch.uint8)
+        for tensor, spec, width in zip(layer, specs, widths, strict=True):
+            units = _units(tensor, spec, row, tokens, pages)
             yield (
-                rows.view(kind).view(pages, width // size),
+                units.view(kind).view(pages, width // size),
                 payloads[:, at // size : (at + width) // size],
             )
             at += width
 
 
-def gather(layers: Layers, row: int, tokens: int, out: torch.Tensor) -> None:
+def gather(
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, out: torch.Tensor
+) -> None:
     """Pages of `tokens` tokens from `row` on -> out [pages, payload] uint8, same device or not."""
-    for held, payload in page_views(layers, row, tokens, out):
+    for held, payload in page_views(layers, specs, row, tokens, out):
         payload.copy_(held)
 
 
-def scatter(layers: Layers, row: int, tokens: int, payloads: torch.Tensor) -> None:
+def scatter(
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, payloads: torch.Tensor
+) -> None:
     """payloads [pages, payload] uint8 -> the rows from `row` on."""
-    for held, payload in page_views(layers, row, tokens, payloads):
+    for held, payload in page_views(layers, specs, row, tokens, payloads):
         held.copy_(payload)
 
 
-def page_sums(layers: Layers, row: int, tokens: int, pages: int) -> np.ndarray:
+def page_sums(
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, pages: int
+) -> np.ndarray:
     """Plane sums of consecutive pages: uint64 [pages, layers]."""
     sums = torch.zeros((len(layers), pages), dtype=torch.int64, device=layers[0][0].device)
     for layer, tensors in enumerate(layers):
-        for t, tensor in enumerate(tensors):
-            width = tokens * tensor_token_bytes(tensor)
-            flat = tensor[row : row + pages * tokens].reshape(-1).view(torch.uint8)
+        for t, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
+            width = spec.bytes_of(tokens)
+            flat = _units(tensor, spec, row, tokens, pages)
             group = max(1, GROUP_BYTES // max(1, width))
             for first in range(0, pages, group):
                 last = min(first + group, pages)
@@ -93,15 +95,19 @@ def page_sums(layers: Layers, row: int, tokens: int, pages: int) -> np.ndarray:
 
 
 def all_page_sums(
-    layers: Layers, lengths: Sequence[int], page_tokens: int, row: int = 0
+    layers: Layers,
+    specs: Sequence[TensorSpec],
+    lengths: Sequence[int],
+    page_tokens: int,
+    row: int = 0,
 ) -> list[list[int]]:
     """Plane sums of pages that follow each other from `row` on; only the last may be short."""
     full = sum(tokens == page_tokens for tokens in lengths)
     found: list[list[int]] = []
     if full:
-        found += page_sums(layers, row, page_tokens, full).tolist()
+        found += page_sums(layers, specs, row, page_tokens, full).tolist()
     if full < len(lengths):
-        found += page_sums(layers, row + full * page_tokens, lengths[-1], 1).tolist()
+        found += page_sums(layers, specs, row + full * page_tokens, lengths[-1], 1).tolist()
     return found
 
 
@@ -113,10 +119,23 @@ def payload_sums(
     sums = torch.zeros(num_layers, dtype=torch.int64)
     at = 0
     for t, spec in enumerate(specs):
-        width = tokens * math.prod(spec.shape) * int(spec.dtype.itemsize)
+        width = spec.bytes_of(tokens)
         sums += sum64_rows(data[:, at : at + width], t + 1)
         at += width
     return [int(value) for value in sums.numpy().view(np.uint64)]
+
+
+def _units(
+    tensor: torch.Tensor, spec: TensorSpec, row: int, tokens: int, pages: int
+) -> torch.Tensor:
+    """Bytes of the units of `pages` pages of `tokens` tokens from `row` on, flat."""
+    if row % spec.tokens or (pages > 1 and tokens % spec.tokens):
+        raise ValueError(
+            f"{pages} pages of {tokens} tokens at row {row} do not begin with units of "
+            f"{spec.tokens} tokens"
+        )
+    first = row // spec.tokens
+    return tensor[first : first + pages * spec.units(tokens)].reshape(-1).view(torch.uint8)
 
 
 def bytes_tensor(data: memoryview) -> torch.Tensor:

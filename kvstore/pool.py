@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ringspan.errors import TooLarge
-from ringspan.kvstore.codecs.registry import PageCodec, kv_bytes_per_token
+from ringspan.kvstore.codecs.registry import PageCodec, encoded_bytes, or_smaller
 from ringspan.kvstore.shard import GIB, ContextShard
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class Pool:
         """A new shard under a name that holds none. Raises `TooLarge` beyond the budget."""
         if name in self._shards:
             raise ValueError(f"{name} holds a shard on {self.device} already: free it first")
-        per_token = kv_bytes_per_token(codec, num_layers, num_kv_heads, head_dim, dtype)
-        self.check(name, capacity_tokens * per_token, codec.name)
+        need = encoded_bytes(codec, num_layers, num_kv_heads, head_dim, dtype, capacity_tokens)
+        self.check(name, need, codec.name)
         shard = ContextShard(
             codec,
             num_layers,
@@ -85,11 +85,10 @@ class Pool:
         """Raises `TooLarge` when the budget has no `need_bytes` left."""
         if need_bytes <= self.free_bytes:
             return
-        smaller = "" if codec_name in ("int8", "fp8") else ", or --codec int8"
         raise TooLarge(
             f"{name} needs {need_bytes / GIB:.2f} GiB of KV on {self.device}, "
             f"{self.free_bytes / GIB:.2f} GiB are free (budget {self.budget_bytes / GIB:.2f}, in "
-            f"use {self.in_use_bytes / GIB:.2f}): fewer tokens, more ranks{smaller}"
+            f"use {self.in_use_bytes / GIB:.2f}): fewer tokens, more ranks{or_smaller(codec_name)}"
         )
 
     def free(self, name: str) -> None:

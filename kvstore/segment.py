@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,8 @@ HEAD_GUESS_BYTES = 4 * ALIGN
 class SegmentWriter:
     """Writes one new segment. `close` makes it durable; leaving by an error removes the file.
 
-    direct: past the page cache (O_DIRECT, where the file system has it), which for a segment
+    Frames get their places in the order of `reserve`; several threads may then `write` them, in any
+    order. direct: past the page cache (O_DIRECT, where the file system has it), which for a segment
     larger than memory saves a copy and the wait at the end; what is opened again at once is better
     left in the cache. Raises `StoreError` with numbers when the disk is full, the file cannot be
     made, and so on.
@@ -36,6 +38,7 @@ class SegmentWriter:
 
     def __init__(self, path: Path, direct: bool = False) -> None:
         self.path = path
+        self.reserved_bytes = 0
         self.written_bytes = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
@@ -43,39 +46,52 @@ class SegmentWriter:
         except OSError as error:
             raise store_error(error, "cannot make segment", path) from None
         self._direct = direct and _set_direct(self._fd, True)
-        self._head = mmap.mmap(-1, ALIGN)  # at a page's beginning, as O_DIRECT wants it
+        self._lock = threading.Lock()
 
     def append(self, page: Page, padded: memoryview | None = None) -> PageRecord:
-        """Write a sealed page; its bytes go to the file without another copy.
+        """Write a sealed page behind what was reserved."""
+        header, payload = page
+        offset = self.reserve(len(encode_head(header)) + aligned(payload.nbytes))
+        return self.write(offset, page, padded)
+
+    def reserve(self, frame_bytes: int) -> int:
+        """The place of the next frame, which `write` fills. One thread calls this."""
+        offset = self.reserved_bytes
+        self.reserved_bytes += frame_bytes
+        return offset
+
+    def write(self, offset: int, page: Page, padded: memoryview | None = None) -> PageRecord:
+        """A sealed page to its reserved place; its bytes go to the file without another copy.
 
         padded: the payload with the zeros that follow it in a frame, in one piece of memory, for
         direct writes, which want both ends of it at multiples of 4 KiB.
         """
         header, payload = page
         head = encode_head(header)
-        offset = self.written_bytes
+        frame_bytes = len(head) + aligned(payload.nbytes)
         if self._direct and padded is not None and _address(padded) % ALIGN == 0:
-            if len(head) > len(self._head):
-                self._head = mmap.mmap(-1, len(head))
-            self._head[: len(head)] = head
-            self._write([memoryview(self._head)[: len(head)], padded])
+            room = mmap.mmap(-1, len(head))  # at a page's beginning, as O_DIRECT wants it
+            room[:] = head
+            self._write([memoryview(room), padded], offset)
         else:
             self._buffered()
             zeros = memoryview(_ZEROS)[: aligned(payload.nbytes) - payload.nbytes]
-            self._write([memoryview(head), payload.cast("B"), zeros])
-        return record_of(header, self.path.name, offset, self.written_bytes - offset)
+            self._write([memoryview(head), payload.cast("B"), zeros], offset)
+        return record_of(header, self.path.name, offset, frame_bytes)
 
-    def _write(self, parts: list[memoryview]) -> None:
+    def _write(self, parts: list[memoryview], offset: int) -> None:
         try:
             while parts:
                 try:
-                    done = os.writev(self._fd, parts)
+                    done = os.pwritev(self._fd, parts, offset)
                 except OSError as error:
                     if error.errno != errno.EINVAL or not self._direct:
                         raise
                     self._buffered()  # this file system wants other alignments
                     continue
-                self.written_bytes += done
+                offset += done
+                with self._lock:
+                    self.written_bytes += done
                 while parts and done >= parts[0].nbytes:
                     done -= parts.pop(0).nbytes
                 if done:
@@ -84,9 +100,10 @@ class SegmentWriter:
             raise store_error(error, "cannot write to", self.path, self.written_bytes) from None
 
     def _buffered(self) -> None:
-        if self._direct:
-            self._direct = False
-            _set_direct(self._fd, False)
+        with self._lock:
+            if self._direct:
+                self._direct = False
+                _set_direct(self._fd, False)
 
     def close(self) -> None:
         """Flush to the disk and close. Raises `StoreError`."""
@@ -195,6 +212,12 @@ def scan(path: Path) -> Iterator[PageRecord]:
 
     Headers are verified, payloads are not read: that is `read_frame`'s work.
     """
+    for header, offset, frame_bytes in scan_heads(path):
+        yield record_of(header, path.name, offset, frame_bytes)
+
+
+def scan_heads(path: Path) -> Iterator[tuple[PageHeader, int, int]]:
+    """(header, offset, frame bytes) of each frame; see `scan`."""
     with open(path, "rb", buffering=0) as file:
         fd = file.fileno()
         size = os.fstat(fd).st_size
@@ -207,7 +230,7 @@ def scan(path: Path) -> Iterator[PageRecord]:
             frame_bytes = head_bytes + aligned(header.payload_bytes)
             if offset + frame_bytes > size:
                 return
-            yield record_of(header, path.name, offset, frame_bytes)
+            yield header, offset, frame_bytes
             offset += frame_bytes
 
 

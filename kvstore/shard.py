@@ -1,11 +1,12 @@
-"""One rank's KV of one context: for each layer the codec's tensors, allocated once, token first.
+"""One rank's KV of one context: for each layer the codec's tensors, allocated once, units first.
 
 Rows are appended: `reserve` takes the next rows for all layers, `write` fills them layer by
 layer. Rows that a layer has not written yet cannot be read from it. The shard's pages are its
 rows cut every `page_tokens`: page i begins at row i * page_tokens, since all pages but the
-context's last are full.
+context's last are full. A codec whose units are pages encodes whole pages: there every reservation
+begins with a page, and only its last page may be short.
 
-    tensors(layer)[t]   [capacity, *spec_t.shape]      t: the codec's tensors, K's first
+    tensors(layer)[t]   [units, *spec_t.shape]      t: the codec's tensors, K's first
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ringspan.attention.kv import cut_units, specs_bytes, unit_tokens
 from ringspan.errors import CorruptPage, TooLarge
 from ringspan.kvstore import planes
-from ringspan.kvstore.dtypes import dtype_name, specs_bytes
+from ringspan.kvstore.codecs.registry import or_smaller
+from ringspan.kvstore.dtypes import dtype_name
 from ringspan.kvstore.page import Origin, Page, differences, page_form, page_name, seal, verify_page
 from ringspan.types import Span, coalesce, total_tokens
 
@@ -60,6 +63,12 @@ class ContextShard:
         self.capacity_tokens = capacity_tokens
         self.page_tokens = page_tokens
         self.specs: tuple[TensorSpec, ...] = codec.specs(num_kv_heads, head_dim, dtype)
+        self.unit_tokens = unit_tokens(self.specs)
+        if self.unit_tokens not in (1, page_tokens):
+            raise ValueError(
+                f"a shard in pages of {page_tokens} tokens, codec {codec.name} makes pages of "
+                f"{self.unit_tokens} at head_dim {head_dim}: use these"
+            )
         self.form = page_form(codec, num_layers, num_kv_heads, head_dim, dtype, page_tokens)
         self._layers = self._allocate()
         self._spans: tuple[Span, ...] = ()
@@ -75,7 +84,9 @@ class ContextShard:
             return tuple(
                 tuple(
                     torch.empty(
-                        (self.capacity_tokens, *spec.shape), dtype=spec.dtype, device=self.device
+                        (spec.units(self.capacity_tokens), *spec.shape),
+                        dtype=spec.dtype,
+                        device=self.device,
                     )
                     for spec in self.specs
                 )
@@ -87,22 +98,26 @@ class ContextShard:
             raise TooLarge(
                 f"{self.capacity_tokens} tokens of KV need {self.capacity_bytes / GIB:.2f} GiB on "
                 f"{self.device} (codec {self.codec.name}), which has not that much free: fewer "
-                f"tokens, more ranks, or --codec int8"
+                f"tokens, more ranks{or_smaller(self.codec.name)}"
             ) from None
 
+    def bytes_of(self, tokens: int) -> int:
+        """Encoded bytes of `tokens` tokens that begin with a page, all layers."""
+        return self.num_layers * specs_bytes(self.specs, tokens)
+
     @property
-    def token_bytes(self) -> int:
-        """Encoded bytes of one token, all layers."""
-        return self.num_layers * specs_bytes(self.specs)
+    def page_bytes(self) -> int:
+        """Encoded bytes of a full page, all layers."""
+        return self.bytes_of(self.page_tokens)
 
     @property
     def capacity_bytes(self) -> int:
-        return self.capacity_tokens * self.token_bytes
+        return self.bytes_of(self.capacity_tokens)
 
     @property
     def kv_bytes(self) -> int:
         """Encoded bytes of the tokens held."""
-        return self._rows * self.token_bytes
+        return self.bytes_of(self._rows)
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -120,8 +135,8 @@ class ContextShard:
     def reserve(self, spans: Sequence[Span]) -> None:
         """The next tokens, for all layers; ascending, behind all positions held.
 
-        Raises ValueError on misuse (out of order, or a layer still owes its last rows) and
-        TooLarge beyond the capacity.
+        Raises ValueError on misuse (out of order, not whole pages where the codec encodes pages, or
+        a layer still owes its last rows) and TooLarge beyond the capacity.
         """
         if not self.is_complete:
             layer = next(i for i, rows in enumerate(self._written) if rows != self._rows)
@@ -137,6 +152,8 @@ class ContextShard:
                     f"takes ascending spans"
                 )
             last = span.stop
+        if self.unit_tokens > 1:
+            self._check_pages(spans)
         tokens = total_tokens(spans)
         if self._rows + tokens > self.capacity_tokens:
             raise TooLarge(
@@ -146,6 +163,22 @@ class ContextShard:
         self._before, self._begin = self._spans, self._rows
         self._spans = coalesce((*self._spans, *spans))
         self._rows += tokens
+
+    def _check_pages(self, spans: Sequence[Span]) -> None:
+        """What is encoded in whole pages comes in whole pages; the last one may be short."""
+        if self._rows % self.unit_tokens:
+            raise ValueError(
+                f"{self._rows} rows end within a page of {self.unit_tokens}, which codec "
+                f"{self.codec.name} cannot continue: reserve whole pages but for the last"
+            )
+        joined = coalesce(spans)
+        for at, span in enumerate(joined):
+            short = span.stop % self.unit_tokens and at < len(joined) - 1
+            if span.start % self.unit_tokens or short:
+                raise ValueError(
+                    f"span [{span.start}, {span.stop}) is not cut at pages of {self.unit_tokens}, "
+                    f"in which codec {self.codec.name} encodes: reserve whole pages"
+                )
 
     def cancel(self) -> None:
         """Forget the last reservation, whatever of it was written; the rows before it stay."""
@@ -167,19 +200,21 @@ class ContextShard:
                 f"layer {layer} has {self._written[layer]} rows, the reservation begins at "
                 f"{self._begin}: reserve before write, write once"
             )
-        rows = slice(self._begin, self._rows)
-        self.codec.encode(k, v, tuple(tensor[rows] for tensor in self._layers[layer]))
+        into = cut_units(self._layers[layer], self.specs, self._begin, self._rows)
+        self.codec.encode(k, v, into)
         self._written[layer] = self._rows
 
-    def tensors(self, layer: int, num_tokens: int | None = None) -> tuple[torch.Tensor, ...]:
-        """The encoded tensors of the first `num_tokens` tokens (all), each contiguous."""
+    def tensors(
+        self, layer: int, num_tokens: int | None = None, first: int = 0
+    ) -> tuple[torch.Tensor, ...]:
+        """The units of token rows [first, num_tokens) (to the end), each tensor contiguous."""
         rows = self._rows if num_tokens is None else num_tokens
-        if not 0 <= rows <= self._written[layer]:
+        if not 0 <= first <= rows <= self._written[layer]:
             raise ValueError(
-                f"{rows} rows asked of layer {layer}, which has written {self._written[layer]} of "
-                f"{self._rows}"
+                f"rows {first} to {rows} asked of layer {layer}, which has written "
+                f"{self._written[layer]} of {self._rows}"
             )
-        return tuple(tensor[:rows] for tensor in self._layers[layer])
+        return cut_units(self._layers[layer], self.specs, first, rows)
 
     # pages
 
@@ -206,14 +241,14 @@ class ContextShard:
     def plane_sums(self, index: int) -> list[int]:
         """One unsigned 64-bit sum per layer of page `index`; formula in `kvstore.planes`."""
         span, row = self.pages()[index]
-        sums = planes.page_sums(self._complete_layers(), row, span.tokens, 1)
+        sums = planes.page_sums(self._complete_layers(), self.specs, row, span.tokens, 1)
         return [int(value) for value in sums[0]]
 
     def all_plane_sums(self) -> list[list[int]]:
         """`plane_sums` of every page, computed over many pages at a time: [pages][layers]."""
         held = self._complete_layers()
         lengths = [span.tokens for span, _ in self.pages()]
-        return planes.all_page_sums(held, lengths, self.page_tokens)
+        return planes.all_page_sums(held, self.specs, lengths, self.page_tokens)
 
     def export_page(self, index: int, origin: Origin, keys: Sequence[str]) -> Page:
         """Page `index` in host memory, sealed: header with key and sums, payload.
@@ -221,8 +256,8 @@ class ContextShard:
         keys: of all pages of the context, in position order.
         """
         span, row = self.pages()[index]
-        payload = torch.empty(span.tokens * self.token_bytes, dtype=torch.uint8)
-        planes.gather(self._complete_layers(), row, span.tokens, payload[None])
+        payload = torch.empty(self.bytes_of(span.tokens), dtype=torch.uint8)
+        planes.gather(self._complete_layers(), self.specs, row, span.tokens, payload[None])
         data = memoryview(payload.numpy())
         return seal(self.form, origin, span, keys, self.plane_sums(index), data)
 
@@ -242,7 +277,7 @@ class ContextShard:
 
     def gather(self, row: int, tokens: int, out: torch.Tensor) -> None:
         """Consecutive pages of `tokens` tokens from `row` on -> out [pages, payload] uint8."""
-        planes.gather(self._complete_layers(), row, tokens, out)
+        planes.gather(self._complete_layers(), self.specs, row, tokens, out)
 
     def fill(self, row: int, tokens: int, payloads: torch.Tensor) -> None:
         """payloads [pages, payload] uint8 -> reserved rows, unreadable until `mark_filled`."""
@@ -250,12 +285,14 @@ class ContextShard:
             raise ValueError(
                 f"rows {row}.. are not reserved: rows {self._begin} to {self._rows} are"
             )
-        planes.scatter(self._layers, row, tokens, payloads)
+        planes.scatter(self._layers, self.specs, row, tokens, payloads)
 
     def reserved_plane_sums(self) -> list[list[int]]:
         """Sums of the pages last reserved, for the loader to compare before `mark_filled`."""
         lengths = [span.tokens for span, row in self.pages() if row >= self._begin]
-        return planes.all_page_sums(self._layers, lengths, self.page_tokens, self._begin)
+        return planes.all_page_sums(
+            self._layers, self.specs, lengths, self.page_tokens, self._begin
+        )
 
     def mark_filled(self) -> None:
         """The reserved rows hold verified KV in every layer: they may be read."""

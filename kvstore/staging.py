@@ -30,6 +30,15 @@ def disown(folder: Path) -> None:
     (folder / _OWNER).unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Names in the folder are on the disk. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def remove_stale(parent: Path, stale_s: float = STALE_S) -> list[Path]:
     """Remove the folders in `parent` that no living process writes; gives back which."""
     removed: list[Path] = []

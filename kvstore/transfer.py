@@ -1,43 +1,31 @@
-"""A shard to a segment file, and pages of a stored context into a shard.
+"""Pages of a stored context into a shard.
 
-Saving: sums on the device, then batch after batch device -> pinned host -> file, the next batch
-copied while the last is hashed and written.
-
-Opening: reader threads fill buffers from the files and verify each frame (header, record, origin,
-form, xxh3); the buffers go to rows of the shard that nobody can read yet; when all have arrived,
-the plane sums are computed from these very rows and compared with the headers'. Only then do the
-rows become readable. So the copies to the device are verified too, and nothing is used before.
+Reader threads fill buffers by the roads of a `Supply`, which verifies each frame (header, record,
+origin, form, xxh3); the buffers go to rows of the shard that nobody can read yet; when all have
+arrived, the plane sums are computed from these very rows and compared with the headers'. Only then
+do the rows become readable. So the copies to the device are verified too, and nothing is used
+before. What fails is read once more, then by the next road, then handed to `repair`.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ringspan.errors import BadInput, CorruptPage
+from ringspan.errors import BadInput, CorruptPage, StoreError
+from ringspan.kvstore import planes
 from ringspan.kvstore.batches import Batch, Buffer, batches, buffer_bytes
-from ringspan.kvstore.frame import decode_head, is_zero
-from ringspan.kvstore.page import (
-    Origin,
-    PageForm,
-    PageHeader,
-    differences,
-    seal,
-    verify_payload,
-    verify_sums,
-)
-from ringspan.kvstore.segment import (
-    SegmentWriter,
-    check_record,
-    read_into,
-    store_error,
-    where_is,
-)
+from ringspan.kvstore.frame import aligned
+from ringspan.kvstore.page import Page, differences, page_name, verify_page, verify_sums
+from ringspan.kvstore.supply import Had, Supply, check_context
+from ringspan.kvstore.tiers.counters import REPAIRED, VERIFIED
+from ringspan.kvstore.tiers.placement import context_supply
 from ringspan.kvstore.tokens import TOKENS, read_tokens
-from ringspan.types import Span, coalesce
+from ringspan.kvstore.write_behind import save_shard as save_shard
+from ringspan.types import coalesce
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,65 +36,19 @@ if TYPE_CHECKING:
 
 BUFFERS = 3
 """Batches on their way at a time."""
-DIRECT_BYTES = 4 << 30
-"""Segments of this size are written past the page cache."""
-READERS = 4
+READERS = 8
 """Threads that read and hash; one does 1 to 5 GB/s."""
 
-
-def save_shard(
-    shard: ContextShard, origin: Origin, keys: Sequence[str], path: Path
-) -> tuple[PageRecord, ...]:
-    """Write all pages of a shard to a new segment, durable when this returns.
-
-    keys: of all pages of the context, in position order. Raises `StoreError` (no room, no rights);
-    the segment is then removed.
-    """
-    spans = [span for span, _ in shard.pages()]
-    if not spans:
-        return ()
-    sums = shard.all_plane_sums()
-    load = batches([span.tokens for span in spans], shard.token_bytes, 0)
-    size = buffer_bytes(load, shard.token_bytes)
-    buffers = [Buffer(shard.device, size) for _ in range(min(BUFFERS, len(load)))]
-    records: list[PageRecord] = []
-    pending: deque[Future[list[PageRecord]]] = deque()
-    direct = shard.kv_bytes >= DIRECT_BYTES
-    with SegmentWriter(path, direct) as writer, ThreadPoolExecutor(1, "save") as worker:
-        for index, batch in enumerate(load):
-            if len(pending) == len(buffers):
-                records += pending.popleft().result()
-            buffer = buffers[index % len(buffers)]
-            buffer.take(shard, batch)
-            pages = slice(batch.first, batch.first + batch.pages)
-            pending.append(
-                worker.submit(
-                    _append, writer, buffer, shard.form, origin, spans[pages], keys, sums[pages]
-                )
-            )
-        for future in pending:
-            records += future.result()
-    return tuple(records)
+Repair = Callable[[tuple["PageRecord", ...]], Iterable[Page]]
+"""Pages that no tier has any more -> as many of them as can be brought back, in any order. They are
+verified like all others; what is not given back is lost."""
 
 
-def _append(
-    writer: SegmentWriter,
-    buffer: Buffer,
-    form: PageForm,
-    origin: Origin,
-    spans: Sequence[Span],
-    keys: Sequence[str],
-    sums: Sequence[Sequence[int]],
-) -> list[PageRecord]:
-    """The pages of one buffer, sealed and written."""
-    buffer.wait()
-    records: list[PageRecord] = []
-    for index, (span, plane_sums) in enumerate(zip(spans, sums, strict=True)):
-        page_bytes = span.tokens * form.token_bytes
-        padded = buffer.page(index, page_bytes)
-        page = seal(form, origin, span, keys, plane_sums, padded[:page_bytes])
-        records.append(writer.append(page, padded))
-    return records
+class _Lost(NamedTuple):
+    """A page that no road gave whole."""
+
+    at: int
+    why: CorruptPage | StoreError
 
 
 def load_shard(
@@ -115,131 +57,154 @@ def load_shard(
     records: Sequence[PageRecord],
     shard: ContextShard,
     readers: int = READERS,
-) -> None:
-    """Read pages of a stored context, verified, behind what the shard holds.
+    *,
+    supply: Supply | None = None,
+    repair: Repair | None = None,
+) -> tuple[tuple[int, ...], ...]:
+    """Read pages of a stored context, verified, behind what the shard holds; their plane sums,
+    [pages][layers].
 
-    root: of the store. records: of the manifest, in position order. Raises `CorruptPage` naming
-    the page and what differs, `StoreError` when a file cannot be read, `BadInput` when the shard
-    is of another form; the shard is then as before.
+    root: of the store. records: of the manifest, in position order. supply: the roads to read by;
+    None: the tiers that hold the context. Raises `CorruptPage` naming the page and what differs,
+    `StoreError` when a file cannot be read, `BadInput` when the shard is of another form; the shard
+    is then as before.
     """
     if manifest.form != shard.form:
         raise BadInput(
             f"context {manifest.context_id} does not fit the shard: "
             f"{differences(shard.form, manifest.form)}"
         )
-    folder = Path(root).expanduser().absolute() / "contexts" / manifest.context_id
-    read_tokens(folder / TOKENS, manifest)
-    shard.reserve(coalesce(record.span for record in records))
-    try:
-        headers = _read_all(folder, manifest, records, shard, readers)
-        for header, sums in zip(headers, shard.reserved_plane_sums(), strict=True):
-            verify_sums(header, sums)
-    except BaseException:
-        shard.cancel()
-        raise
-    shard.mark_filled()
+    root = Path(root).expanduser().absolute()
+    read_tokens(root / "contexts" / manifest.context_id / TOKENS, manifest)
+    with supply or context_supply(root, manifest, records) as roads:
+        shard.reserve(coalesce(record.span for record in records))
+        try:
+            sums = _Loading(roads, records, shard).run(readers, repair)
+        except BaseException:
+            shard.cancel()
+            raise
+        shard.mark_filled()
+    return sums
 
 
-def _read_all(
-    folder: Path,
-    manifest: Manifest,
-    records: Sequence[PageRecord],
-    shard: ContextShard,
-    readers: int,
-) -> list[PageHeader]:
-    """Frames verified on the host, payloads in the shard's reserved rows."""
-    first_row = shard.num_tokens - sum(record.span.tokens for record in records)
-    load = batches([record.span.tokens for record in records], shard.token_bytes, first_row)
-    size = buffer_bytes(load, shard.token_bytes)
-    buffers = [Buffer(shard.device, size) for _ in range(min(BUFFERS, len(load)))]
-    headers: list[PageHeader] = []
-    files = _Files(folder)
-    pool = ThreadPoolExecutor(readers, "open")
-    try:
-        pending: deque[tuple[Batch, Buffer, list[Future[PageHeader]]]] = deque()
-        for index, batch in enumerate(load):
-            if len(pending) == len(buffers):
-                headers += _deliver(shard, *pending.popleft())
-            buffer = buffers[index % len(buffers)]
-            buffer.wait()
-            part = records[batch.first : batch.first + batch.pages]
-            reads = [
-                pool.submit(
-                    _read_page, files, manifest, record, buffer.page(i, record.payload_bytes)
-                )
-                for i, record in enumerate(part)
-            ]
-            pending.append((batch, buffer, reads))
-        while pending:
-            headers += _deliver(shard, *pending.popleft())
-        for buffer in buffers:
-            buffer.wait()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        files.close()
-    return headers
+class _Loading:
+    """Pages on their way into a shard's reserved rows."""
 
+    def __init__(self, supply: Supply, records: Sequence[PageRecord], shard: ContextShard) -> None:
+        self._supply, self._records, self._shard = supply, records, shard
+        tokens = sum(record.span.tokens for record in records)
+        self._first_row = shard.num_tokens - tokens
+        self._had: dict[int, Had] = {}
+        self._lost: list[_Lost] = []
+        self._sums: dict[int, tuple[int, ...]] = {}
+        """Of the pages whose rows are what they should be."""
 
-def _deliver(
-    shard: ContextShard, batch: Batch, buffer: Buffer, reads: Sequence[Future[PageHeader]]
-) -> list[PageHeader]:
-    headers = [read.result() for read in reads]
-    buffer.give(shard, batch)
-    return headers
+    def run(self, readers: int, repair: Repair | None) -> tuple[tuple[int, ...], ...]:
+        self._read_all(readers)
+        sums = self._shard.reserved_plane_sums()
+        for index, had in sorted(self._had.items()):
+            self._settle(index, had, sums[index])
+        self._repair(repair)
+        return tuple(self._sums[index] for index in range(len(self._records)))
 
+    def _read_all(self, readers: int) -> None:
+        """Frames verified on the host, payloads in the reserved rows."""
+        shard = self._shard
+        lengths = [record.span.tokens for record in self._records]
+        load = batches(lengths, shard.bytes_of, self._first_row)
+        size = buffer_bytes(load, shard.bytes_of)
+        buffers = [Buffer(shard.device, size) for _ in range(min(BUFFERS, len(load)))]
+        layers = reserved_layers(shard)
+        pool = ThreadPoolExecutor(readers, "open")
+        try:
+            pending: deque[tuple[Batch, Buffer, list[Future[Had]]]] = deque()
 
-class _Files:
-    """Segments of one context, opened once."""
+            def deliver() -> None:
+                batch, buffer, reads = pending.popleft()
+                for index, read in enumerate(reads, batch.first):
+                    self._note(index, read)
+                buffer.give(layers, shard.specs, batch)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._fds: dict[str, int] = {}
+            for index, batch in enumerate(load):
+                if len(pending) == len(buffers):
+                    deliver()
+                buffer = buffers[index % len(buffers)]
+                buffer.wait()
+                part = self._records[batch.first : batch.first + batch.pages]
+                reads = [
+                    pool.submit(self._supply.page, record, buffer.page(i, record.payload_bytes))
+                    for i, record in enumerate(part)
+                ]
+                pending.append((batch, buffer, reads))
+            while pending:
+                deliver()
+            for buffer in buffers:
+                buffer.wait()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    def fd(self, segment: str) -> int:
-        if segment not in self._fds:
-            path = self.folder / segment
+    def _note(self, index: int, read: Future[Had]) -> None:
+        try:
+            self._had[index] = read.result()
+        except (CorruptPage, StoreError) as error:
+            self._lost.append(_Lost(index, error))
+
+    def _settle(self, index: int, had: Had, sums: Sequence[int]) -> None:
+        """The sums of the rows are those of the header, if need be after reading again."""
+        record, road, again = self._records[index], had.road, False
+        while True:
             try:
-                opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise store_error(error, "cannot open segment", path) from None
-            if self._fds.setdefault(segment, opened) != opened:
-                os.close(opened)  # another thread was first
-        return self._fds[segment]
+                verify_sums(had.header, sums)
+            except CorruptPage as error:
+                if again:  # twice the same road: it is not the copy that went wrong
+                    self._supply.quarantine(record, road, error)
+                    road += 1
+                again = not again
+                room = memoryview(bytearray(aligned(record.payload_bytes)))
+                try:
+                    had = self._supply.page(record, room, road)
+                except (CorruptPage, StoreError):
+                    self._lost.append(_Lost(index, error))
+                    return
+                road = had.road
+                sums = self._fill(index, room[: record.payload_bytes])
+            else:
+                self._sums[index] = had.header.plane_sums
+                self._supply.counters.add(VERIFIED, self._supply.road(road))
+                return
 
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+    def _fill(self, index: int, payload: memoryview) -> list[int]:
+        """One payload into its rows; the sums of these."""
+        shard, tokens = self._shard, self._records[index].span.tokens
+        row = self._first_row + index * shard.page_tokens
+        shard.fill(row, tokens, planes.bytes_tensor(payload)[None])
+        sums = planes.page_sums(reserved_layers(shard), shard.specs, row, tokens, 1)
+        return [int(value) for value in sums[0]]
+
+    def _repair(self, repair: Repair | None) -> None:
+        """Raises what the first page was lost by, unless all are brought back."""
+        if not self._lost:
+            return
+        lost = {self._records[gone.at].key: gone for gone in sorted(self._lost)}
+        if repair is not None:
+            for page in repair(tuple(self._records[gone.at] for gone in lost.values())):
+                index = lost[page.header.key].at
+                self._check_repaired(page, self._records[index])
+                verify_sums(page.header, self._fill(index, page.payload))
+                self._sums[index] = page.header.plane_sums
+                del lost[page.header.key]
+                self._supply.counters.add(REPAIRED, "repair")
+        for gone in lost.values():
+            raise gone.why
+
+    def _check_repaired(self, page: Page, record: PageRecord) -> None:
+        """The page that was lost, though its bytes may have been computed anew."""
+        verify_page(page)
+        check_context(page.header, self._supply.manifest, page_name(page.header))
+        if page.header.span != record.span:
+            raise CorruptPage(f"{page_name(page.header)}: repaired for {record.span}")
 
 
-def _read_page(
-    files: _Files, manifest: Manifest, record: PageRecord, room: memoryview
-) -> PageHeader:
-    """One frame: its payload to `room`, all verified but the plane sums."""
-    path = files.folder / record.segment
-    where = where_is(path, record)
-    head = memoryview(bytearray(record.frame_bytes - room.nbytes))
-    try:
-        read_into(files.fd(record.segment), [head, room], record.offset, where)
-    except OSError as error:
-        raise store_error(error, "cannot read", path) from None
-    header, head_bytes = decode_head(head, where)
-    if head_bytes != head.nbytes:
-        raise CorruptPage(f"{where}: the payload begins at {head_bytes}, not at {head.nbytes}")
-    check_record(header, record, where)
-    check_context(header, manifest, where)
-    verify_payload(header, room[: header.payload_bytes])
-    if not is_zero(room[header.payload_bytes :]):
-        raise CorruptPage(f"{where}: bytes behind the payload are not zero")
-    return header
-
-
-def check_context(header: PageHeader, manifest: Manifest, where: str) -> None:
-    """The page is this context's: origin, form and the page before it. Raises `CorruptPage`."""
-    other = differences(manifest.origin, header.origin) or differences(manifest.form, header.form)
-    if other:
-        raise CorruptPage(f"{where}: is a page of another context: {other}")
-    index = header.span.start // manifest.page_tokens
-    parent = manifest.pages[index - 1].key if index else header.parent_key
-    if header.parent_key != parent:
-        raise CorruptPage(f"{where}: its parent is {header.parent_key[:16]}, not {parent[:16]}")
+def reserved_layers(shard: ContextShard) -> planes.Layers:
+    """The shard's tensors with the rows that nobody may read yet: for loaders, which fill them."""
+    return shard._layers

@@ -65,13 +65,13 @@ def test_ray_stays_at_the_rim(layer: str) -> None:
     assert wrong == []
 
 
-def test_only_the_gang_and_the_cluster_module_know_ray_in_cluster() -> None:
+def test_only_the_modules_of_actors_and_of_the_cluster_know_ray() -> None:
     knowing = {
         path.name
         for path in sources("cluster")
         if any(module.split(".")[0] == "ray" for module in imports(path))
     }
-    assert knowing == {"ray_cluster.py", "ray_gang.py"}
+    assert knowing == {"directory_actor.py", "ray_cluster.py", "ray_gang.py"}
 
 
 def test_shared_modules_import_no_layer() -> None:

@@ -18,11 +18,17 @@ class Order(NamedTuple):
     sorted_already: bool
 
 
-def order_of(grouped: Grouped, what: str, group: int, device: torch.device) -> Order:
-    """what: `rows`, or the number of a source for its keys. Made once a problem and device."""
-    at = (what, group, device)
+def order_of(
+    grouped: Grouped, what: str, group: int, device: torch.device, unit_tokens: int = 1
+) -> Order:
+    """what: `rows`, or the number of a source for its keys, in units of so many tokens. Made once a
+    problem and device."""
+    at = (f"{what}/{unit_tokens}", group, device)
     if at not in grouped.orders:
-        order = grouped.row_order(group) if what == "rows" else grouped.key_order(int(what), group)
+        if what == "rows":
+            order = grouped.row_order(group)
+        else:
+            order = grouped.key_order(int(what), group, unit_tokens)
         real = torch.device("cpu") if device.type == "meta" else device
         index = torch.from_numpy(order).to(real)
         inverse = torch.from_numpy(np.argsort(order, kind="stable")).to(real)

@@ -134,7 +134,7 @@ def _gather(
     num_heads = mine.kv1 - mine.kv0
     tensors = (layer.q, *layer.own)
     rows_of = [[layer.problem.rows(m) for m in members]]
-    rows_of += [[layer.problem.keys(at, m) for m in members] for at, _ in specs]
+    rows_of += [[spec.units(layer.problem.keys(at, m)) for m in members] for at, spec in specs]
     counts = rows_of
     wanted.append(Shape((sum(counts[0]), mine.q1 - mine.q0, dim), layer.q.dtype))
     for (_, spec), count in zip(specs, counts[1:], strict=True):
@@ -168,10 +168,10 @@ def _gather(
             0,
         )
     )
-    names = ["rows"] + [str(at) for at, _ in specs]
+    names = [("rows", 1)] + [(str(at), spec.tokens) for at, spec in specs]
     placed = []
-    for number, (tensor, name) in enumerate(zip(full, names, strict=True)):
-        order = order_of(grouped, name, group, tensor.device)
+    for number, (tensor, (name, unit_tokens)) in enumerate(zip(full, names, strict=True)):
+        order = order_of(grouped, name, group, tensor.device, unit_tokens)
         if order.sorted_already:
             placed.append(tensor)
         else:

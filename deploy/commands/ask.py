@@ -1,20 +1,20 @@
 """`ringspan ask`: questions on a stored context, answered token by token.
 
 Model, dtype and rope scaling are the context's own. Each question begins a session of its own on
-the context; with --chat they go on from one another.
+the context; with --chat they go on from one another. Several given at once are answered together,
+each token of all of them in one sweep of the context, and printed in their order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
 import typer
 
-from ringspan.deploy.answers import Voice, voice_for
+from ringspan.deploy.answers import Spoken, Voice, in_order, voice_for
 from ringspan.deploy.checks import check_gang
 from ringspan.deploy.commands import options
 from ringspan.deploy.commands.contexts import existing
@@ -25,7 +25,6 @@ from ringspan.errors import BadInput
 
 if TYPE_CHECKING:
     from ringspan.cluster.controller import Controller
-    from ringspan.cluster.messages import LongTurn
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 Questions = Annotated[
@@ -36,6 +35,13 @@ Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the l
 TopP = Annotated[float, typer.Option("--top-p", help="Sample within this share of probability.")]
 SamplingSeed = Annotated[int | None, typer.Option("--seed", help="Of sampling; default: any.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Each question goes on from the last answer.")]
+Together = Annotated[
+    bool,
+    typer.Option(
+        "--together/--one-by-one",
+        help="Several given questions share each sweep of the context, or wait for one another.",
+    ),
+]
 
 
 def ask(
@@ -48,6 +54,7 @@ def ask(
     top_p: TopP = 1.0,
     seed: SamplingSeed = None,
     chat: Chat = False,
+    together: Together = True,
     transport: options.Transport = "auto",
     device: options.Device = "auto",
     backend: options.Backend = "auto",
@@ -88,6 +95,10 @@ def ask(
         controller = Controller(gang, folder)
         with record.phase("open"):
             handle = controller.open(manifest.context_id)
+        sampling = Sampling(max_tokens, temperature, top_p, seed)
+        if together and not chat and len(given) > 1:
+            record.answers += _together(controller, voice, given, handle.context_id, sampling)
+            return
         session = None
         for number, text in enumerate(questions(given)):
             ids = voice.following(text) if session else voice.first(text)
@@ -95,22 +106,20 @@ def ask(
             if len(given) > 1 or (not given and not sys.stdin.isatty()):
                 print(f"{chr(10) if number else ''}> {text}", flush=True)
             record.answers.append(
-                _answer(
-                    controller,
-                    voice,
-                    text,
-                    ids,
-                    session,
-                    handle.context_id,
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                )
+                _answer(controller, voice, text, ids, session, handle.context_id, sampling)
             )
             if not chat:
                 controller.end_session(session)
                 session = None
+
+
+class Sampling(NamedTuple):
+    """Of every answer; see `Controller.ask`."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
 
 
 def _answer(
@@ -120,48 +129,36 @@ def _answer(
     ids: tuple[int, ...],
     session: str,
     context_id: str,
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
+    sampling: Sampling,
 ) -> Answered:
     """Prints the answer as it comes."""
-    began = time.perf_counter()
-    first_s, count, reason = 0.0, 0, "length"
-    long_turn: LongTurn | None = None
-    pieces: list[str] = []
-    stream = voice.stream()
+    spoken = Spoken(voice, question, ids)
     for token in controller.ask(
-        session,
-        context_id,
-        ids,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        stop_ids=voice.stop_ids,
+        session, context_id, ids, **sampling._asdict(), stop_ids=voice.stop_ids
     ):
-        count += 1
-        long_turn = long_turn or token.long_turn
-        first_s = first_s or time.perf_counter() - began
-        if token.finish_reason == "stop":
-            reason = "stop"
-            break
-        pieces.append(stream.push(token.token_id))
-        print(pieces[-1], end="", flush=True)
-    pieces.append(stream.finish())
-    print(pieces[-1], flush=True)
-    return Answered(
-        question=question,
-        answer="".join(pieces),
-        question_tokens=len(ids),
-        answer_tokens=count,
-        first_token_s=first_s,
-        elapsed_s=time.perf_counter() - began,
-        finish_reason=reason,
-        long_turn=long_turn,
-    )
+        print(spoken.push(token), end="", flush=True)
+    print(flush=True)
+    return spoken.answered()
+
+
+def _together(
+    controller: Controller, voice: Voice, given: list[str], context_id: str, sampling: Sampling
+) -> list[Answered]:
+    """Prints the answers in the order of their questions, each as soon and as far as it came."""
+    from ringspan.cluster.batched import Question
+
+    asked, answers = [], {}
+    for text in given:
+        ids, session = voice.first(text), controller.begin_session(context_id)
+        asked.append(
+            Question(session, context_id, ids, **sampling._asdict(), stop_ids=voice.stop_ids)
+        )
+        answers[session] = Spoken(voice, text, ids)
+    for piece in in_order(answers, controller.ask_many(asked)):
+        print(piece, end="", flush=True)
+    for session in answers:
+        controller.end_session(session)
+    return [spoken.answered() for spoken in answers.values()]
 
 
 def _check_sampling(max_tokens: int, temperature: float, top_p: float) -> None:

@@ -1,4 +1,4 @@
-"""`ringspan contexts list|show|verify|rm`: what a store folder holds."""
+"""`ringspan contexts`: what a store folder holds, and where."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from ringspan.deploy.commands import archives
 from ringspan.deploy.commands.options import DEFAULT_STORE, Store
 from ringspan.deploy.progress import Meter, bytes_words, meter
-from ringspan.errors import BadInput, CorruptPage
+from ringspan.errors import BadInput, CorruptPage, StoreError
 
 if TYPE_CHECKING:
+    from ringspan.kvstore.folder import Store as StoreFolder
     from ringspan.kvstore.manifest import Manifest
 
 app = typer.Typer(
-    help="List, show, verify or remove the contexts of a store.",
+    help="List, show, verify, move, recode, export, import, pin or remove contexts of a store.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.command("export")(archives.export)
+app.command("import")(archives.import_)
+app.command("recode")(archives.recode)
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -32,13 +38,14 @@ def list_(store: Store = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """All contexts, newest first."""
     from ringspan.kvstore.folder import Store as StoreFolder
 
-    manifests, damaged = StoreFolder(existing(store)).contexts()
+    folder = StoreFolder(existing(store))
+    manifests, damaged = folder.contexts()
     if as_json:
-        rows = [_summary(manifest) for manifest in manifests]
+        rows = [_summary(manifest, folder) for manifest in manifests]
         print(msgspec.json.encode({"contexts": rows, "damaged": damaged}).decode())
     else:
         for manifest in manifests:
-            print(_line(manifest))
+            print(_line(manifest, folder))
         if not manifests:
             print(f"no contexts in {store}")
     if damaged:
@@ -53,7 +60,7 @@ def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False
     folder = StoreFolder(existing(store))
     manifest = folder.manifest(context)
     if as_json:
-        print(msgspec.json.encode(_summary(manifest)).decode())
+        print(msgspec.json.encode(_summary(manifest, folder)).decode())
         return
     form = manifest.form
     rows = {
@@ -72,6 +79,7 @@ def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False
         f" chunks of {manifest.chunk_tokens:,}",
         "fingerprint": manifest.origin.fingerprint,
         "folder": str(folder.folder(manifest)),
+        "tiers": _tiers(manifest, folder),
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")
@@ -79,7 +87,8 @@ def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False
 
 @app.command()
 def verify(context: Context, store: Store = DEFAULT_STORE) -> None:
-    """Read every page of a context and check it. Status 1 if any is corrupt; nothing is changed."""
+    """Read every copy of every page of a context, in all its tiers, and check it. Status 1 if any
+    is corrupt; nothing is changed."""
     from ringspan.kvstore.audit import verify as audit
     from ringspan.kvstore.folder import Store as StoreFolder
 
@@ -115,12 +124,63 @@ def rm(
 ) -> None:
     """Remove contexts from the store. All ids are looked up before the first is removed."""
     from ringspan.kvstore.folder import Store as StoreFolder
+    from ringspan.kvstore.forms import remove_forms
+    from ringspan.kvstore.tiers.moving import check_unpinned, forget
 
     folder = StoreFolder(existing(store))
     names = list(dict.fromkeys(folder.find(context) for context in contexts))
     for name in names:
-        folder.remove(name)
-        print(f"removed {name}")
+        check_unpinned(folder, name)
+    for name in names:
+        for left in forget(folder, name):
+            print(left)
+        forms = remove_forms(folder, name)
+        print(f"removed {name}" + (f" and its form in {', '.join(forms)}" if forms else ""))
+
+
+@app.command()
+def move(
+    context: Context,
+    to: Annotated[str, typer.Option("--to", help="host, disk or remote:URL (an fsspec URL).")],
+    keep: Annotated[bool, typer.Option("--keep", help="Copy: leave it where it is, too.")] = False,
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Bring a context's pages to another tier, verified there before they go from here."""
+    from ringspan.cluster.host_store import host_folder, host_tier
+    from ringspan.kvstore.folder import Store as StoreFolder
+    from ringspan.kvstore.tiers.moving import move as move_context
+    from ringspan.kvstore.tiers.placement import tier_name
+
+    target = tier_name(to, str(host_folder()))
+    folder = StoreFolder(existing(store))
+    manifest = folder.manifest(context)
+    if target.kind == "host":
+        host_tier(Path(target.at)).close()  # started if it does not run
+    with meter("move", len(manifest.pages), "pages") as shown:
+        placement = move_context(
+            folder,
+            manifest.context_id,
+            target,
+            keep=keep,
+            progress=lambda done, _: shown.update(done),
+        )
+    print(f"context {manifest.context_id}: {', '.join(map(str, placement.tiers))}")
+
+
+@app.command()
+def pin(
+    context: Context,
+    off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Keep a context from being evicted or removed."""
+    from ringspan.kvstore.folder import Store as StoreFolder
+    from ringspan.kvstore.tiers.moving import pin as pin_context
+
+    folder = StoreFolder(existing(store))
+    name = folder.find(context)
+    pin_context(folder, name, pinned=not off)
+    print(f"{'unpinned' if off else 'pinned'} {name}")
 
 
 def existing(store: Path) -> Path:
@@ -137,16 +197,32 @@ def _when(manifest: Manifest) -> str:
     return moment.astimezone().isoformat(sep=" ", timespec="minutes")
 
 
-def _line(manifest: Manifest) -> str:
+def _tiers(manifest: Manifest, folder: StoreFolder) -> str:
+    from ringspan.kvstore.tiers.placement import read_placement
+
+    try:
+        placement = read_placement(folder.folder(manifest))
+    except StoreError:
+        return "unknown tiers"  # one damaged file does not hide the other contexts
+    return ", ".join(map(str, placement.tiers)) + (" (pinned)" if placement.pinned else "")
+
+
+def _line(manifest: Manifest, folder: StoreFolder) -> str:
     return (
         f"{manifest.context_id}  {manifest.num_tokens:>9,} tokens  {manifest.codec:5}"
         f" {bytes_words(manifest.payload_bytes):>8}  {_when(manifest)[:16]}"
+        f"  {_tiers(manifest, folder)}"
         f"  {manifest.model.name}  {manifest.title or ', '.join(manifest.sources)}"
     )
 
 
-def _summary(manifest: Manifest) -> dict[str, object]:
-    """The manifest without its pages, which are thousands."""
+def _summary(manifest: Manifest, folder: StoreFolder) -> dict[str, object]:
+    """The manifest without its pages, which are thousands, and where it lies."""
+    from ringspan.kvstore.tiers.placement import read_placement
+
     fields = msgspec.to_builtins(manifest)
+    placement = read_placement(folder.folder(manifest))
+    fields["tiers"] = [str(tier) for tier in placement.tiers]
+    fields["pinned"] = placement.pinned
     fields["num_pages"] = len(fields.pop("pages"))
     return dict(fields)

@@ -50,7 +50,7 @@ RopeScaling = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, or of sampling.")]
-Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8.")]
+Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8, int4.")]
 Scheme = Annotated[
     str,
     typer.Option(

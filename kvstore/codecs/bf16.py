@@ -19,6 +19,7 @@ class Bf16Codec:
 
     name = "bf16"
     exact = False
+    cut_tokens = 1
 
     def params(self, head_dim: int) -> str:
         return ""

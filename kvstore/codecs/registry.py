@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from ringspan.attention.kv import Codec
+from ringspan.attention.kv import Codec, specs_bytes, unit_tokens
 from ringspan.errors import UnknownName
 from ringspan.kvstore.codecs.bf16 import Bf16Codec
 from ringspan.kvstore.codecs.fp8 import Fp8Codec
+from ringspan.kvstore.codecs.int4 import Int4Codec
 from ringspan.kvstore.codecs.int8 import Int8Codec
 from ringspan.kvstore.codecs.raw import RawCodec
-from ringspan.kvstore.dtypes import specs_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,16 @@ CODECS: dict[str, PageCodec] = {
     "bf16": Bf16Codec(),
     "int8": Int8Codec(),
     "fp8": Fp8Codec(),
+    "int4": Int4Codec(),
 }
+
+SMALLER = {"raw": "int8", "bf16": "int8", "int8": "int4", "fp8": "int4"}
+"""What to advise where memory is short."""
+
+
+def or_smaller(codec_name: str) -> str:
+    """`, or --codec int8` for messages about want of room; empty where there is none smaller."""
+    return f", or --codec {SMALLER[codec_name]}" if codec_name in SMALLER else ""
 
 
 def codec(name: str) -> PageCodec:
@@ -40,13 +49,19 @@ def codec(name: str) -> PageCodec:
 
 
 def bits_per_element(codec: Codec, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> float:
-    """Stored bits per element of K and V, all side data counted."""
-    stored = specs_bytes(codec.specs(num_kv_heads, head_dim, dtype))
-    return 8.0 * stored / (2 * num_kv_heads * head_dim)
+    """Stored bits per element of K and V in full pages, all side data counted."""
+    specs = codec.specs(num_kv_heads, head_dim, dtype)
+    tokens = unit_tokens(specs)
+    return 8.0 * specs_bytes(specs, tokens) / (2 * tokens * num_kv_heads * head_dim)
 
 
-def kv_bytes_per_token(
-    codec: Codec, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+def encoded_bytes(
+    codec: Codec,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    tokens: int,
 ) -> int:
-    """Bytes of one token's K and V of all layers and kv heads."""
-    return num_layers * specs_bytes(codec.specs(num_kv_heads, head_dim, dtype))
+    """Bytes of `tokens` tokens' K and V, which begin with a page, all layers and kv heads."""
+    return num_layers * specs_bytes(codec.specs(num_kv_heads, head_dim, dtype), tokens)

@@ -8,6 +8,8 @@ RingspanError                  every error of ours; its text is one line: wanted
 ├── CorruptPage                a page failed its verification; it was not used
 ├── WrongAttention             an attention step did not see the keys it must, or missed its audit
 ├── StoreError                 the store folder cannot be read or written
+│   ├── StaleHandle            (kvstore.leases) a lease or an epoch that is over
+│   └── InUse                  (kvstore.leases) copies that somebody reads or needs
 ├── PeerTimeout                a peer said nothing within the time allowed
 └── RankLost                   a rank died or failed; names the rank and the chunk
 """

@@ -17,17 +17,21 @@ import torch
 from ringspan.attention.audit import Audit
 from ringspan.attention.buffers import Buffers
 from ringspan.attention.compute import Compute, Rules
-from ringspan.attention.kv import PLAIN
+from ringspan.attention.kv import PLAIN, Codec, cut_units
 from ringspan.attention.layer import Layer
 from ringspan.attention.layout import deal, positions
 from ringspan.attention.ledger import Ledger
 from ringspan.attention.loopback import LoopbackTransport, LoopbackWorld
 from ringspan.attention.problem import Problem, Source
 from ringspan.attention.schemes.table import SCHEMES, why_not
+from ringspan.attention.tail import tail_deal
 from ringspan.attention.transport import Message, Pending
 from ringspan.errors import BadInput, WrongAttention
 from ringspan.kernels.flash import flash_ref
-from ringspan.kvstore.codecs.registry import codec
+from ringspan.kvstore.codecs.bf16 import Bf16Codec
+from ringspan.kvstore.codecs.fp8 import Fp8Codec
+from ringspan.kvstore.codecs.int4 import Int4Codec
+from ringspan.kvstore.codecs.int8 import Int8Codec
 from ringspan.types import Part, Span, coalesce
 
 CPU = torch.device("cpu")
@@ -61,6 +65,8 @@ CASES = (
     Case("mha", heads=(4, 4)),
     Case("mqa", heads=(8, 1)),
     Case("striped", ((80, 101),), layout="striped"),
+    Case("short-page", ((149, 41),)),
+    Case("short-page-window-softcap", ((149, 41),), window=60, softcap=4.0),
     Case("contiguous", ((80, 101),), layout="contiguous"),
 )
 BY_NAME = {case.name: case for case in CASES}
@@ -75,12 +81,11 @@ class Setting(NamedTuple):
     exact: list[Part]
 
 
-def setting(case: Case, world_size: int, codec_name: str = "plain") -> Setting:
+def setting(case: Case, world_size: int, cached_codec: Codec = PLAIN) -> Setting:
     """Random tensors of a case dealt to ranks, and what each rank's rows must give."""
     generator = torch.Generator().manual_seed(len(case.name))
     (hq, hkv), dim = case.heads, 16
     rand = lambda n, h: torch.randn(n, h, dim, generator=generator)  # noqa: E731
-    cached_codec = PLAIN if codec_name == "plain" else codec(codec_name)
     queries, sources, per_rank_q, per_rank_own = [], [], [], []
     exact_rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(world_size)]
     sinks = torch.randn(hq, generator=generator) if case.sinks else None
@@ -91,14 +96,19 @@ def setting(case: Case, world_size: int, codec_name: str = "plain") -> Setting:
         q, k, v = rand(n, hq), rand(n, hkv), rand(n, hkv)
         # earlier chunks were dealt in another way than the new tokens: as they happened to come
         held = deal("striped", Span(0, cached), world_size, PAGE)
-        dealt = deal(case.layout, Span(cached, n), world_size, PAGE)
+        if cached % PAGE:  # a turn of a session, behind a context's short last page
+            dealt = tail_deal(Span(cached, n), world_size, PAGE)
+        else:
+            dealt = deal(case.layout, Span(cached, n), world_size, PAGE)
         queries.append(dealt)
         if cached:
             sources.append(Source(held, cached_codec, (sequence,)))
             for rank in range(world_size):
                 at = positions(held[rank])
                 specs = cached_codec.specs(hkv, dim, torch.float32)
-                into = tuple(torch.empty((len(at), *s.shape), dtype=s.dtype) for s in specs)
+                into = tuple(
+                    torch.empty((s.units(len(at)), *s.shape), dtype=s.dtype) for s in specs
+                )
                 cached_codec.encode(k[at], v[at], into)
                 own[rank] += into
                 cached_codec.decode(
@@ -147,9 +157,11 @@ def run(
         problem, firsts = given.problem.windowed(given.rules.window)
         own, begin = [], 0
         for at, source in enumerate(problem.sources):
-            for tensor in given.own[rank][begin : begin + _count(source, given)]:
-                own.append(tensor[firsts[at][rank] :].contiguous())
-            begin += _count(source, given)
+            specs = source.codec.specs(*given.kv_shape, torch.float32)
+            tensors = given.own[rank][begin : begin + len(specs)]
+            held = given.problem.keys(at, rank)
+            own += [t.contiguous() for t in cut_units(tensors, specs, firsts[at][rank], held)]
+            begin += len(specs)
         ledger = Ledger(problem)
         ledger.layer(given.rules.window, given.q[rank].shape[1])
         layer = Layer(
@@ -166,10 +178,6 @@ def run(
         return part
 
     return world.run([lambda rank=rank: body(rank) for rank in range(world_size)])  # type: ignore[misc]
-
-
-def _count(source: Source, given: Setting) -> int:
-    return len(source.codec.specs(*given.kv_shape, torch.float32))
 
 
 def assert_close(parts: Sequence[Part], exact: Sequence[Part], tolerance: float = 2e-5) -> None:
@@ -194,13 +202,45 @@ def test_a_scheme_equals_one_process(scheme: str, case: Case, world_size: int) -
     assert_close(run(scheme, given, world_size), given.exact)
 
 
+ENCODED = {
+    "bf16": Bf16Codec(),
+    "int8": Int8Codec(PAGE),
+    "fp8": Fp8Codec(PAGE),
+    "int4": Int4Codec(PAGE),
+}
+
+
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
-@pytest.mark.parametrize("codec_name", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["batch", "short-page", "short-page-window-softcap"])
+@pytest.mark.parametrize("codec_name", ENCODED)
 def test_encoded_keys_travel_encoded_and_give_what_their_decoded_values_give(
-    scheme: str, codec_name: str
+    scheme: str, codec_name: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = setting(BY_NAME["batch"], 4, codec_name)
+    monkeypatch.setattr("ringspan.attention.layer.STAGING_TOKENS", 2 * PAGE)
+    given = setting(BY_NAME[name], 4, ENCODED[codec_name])
     assert_close(run(scheme, given, 4), given.exact)
+    monkeypatch.setattr("ringspan.kvstore.codecs.paged.SWEEP_ROWS", 0)  # all is decoded
+    assert_close(run(scheme, given, 4), given.exact)
+
+
+def test_few_rows_attend_to_codes_in_place_and_the_others_to_decoded_keys() -> None:
+    decoded = []
+
+    class Watched(Compute):
+        def decode(self, *arguments: Any) -> None:
+            decoded.append(arguments[2].shape[0])
+            super().decode(*arguments)
+
+    few, many = (Case(str(rows), ((300, rows),)) for rows in (64, 65))
+    for case, wanted in ((few, []), (many, [300])):
+        given = setting(case, 1, ENCODED["int8"])
+        end = LoopbackWorld(1).transport(0, CPU)
+        layer = Layer(
+            end, Buffers(CPU), Watched(), given.problem, given.rules, given.q[0], given.own[0],
+            given.kv_shape,
+        )  # fmt: skip
+        assert_close([SCHEMES["ring"](layer)], given.exact)
+        assert decoded == wanted
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))

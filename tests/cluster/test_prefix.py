@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,13 +14,17 @@ import torch
 from ringspan.cluster import answers
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.events import PrefillDone
+from ringspan.cluster.known import Known
 from ringspan.cluster.local_gang import LocalGang
 from ringspan.cluster.messages import GangSpec, ModelSpec
 from ringspan.cluster.planner import PrefillOptions, plan_prefill
 from ringspan.cluster.prefills import copy_pages
-from ringspan.cluster.session import ContextHandle, longest_prefix, shared_pages
+from ringspan.cluster.sampling import next_tokens
+from ringspan.cluster.session import form_of, longest_prefix
 from ringspan.errors import BadInput, CorruptPage
 from ringspan.kvstore.codecs.registry import codec
+from ringspan.kvstore.directory import Directory
+from ringspan.kvstore.fidelity import Fidelity
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.shard import ContextShard
@@ -56,13 +61,12 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The logits that every token was chosen from, on rank 0."""
     rows: list[torch.Tensor] = []
 
-    class Listening(answers.Sampler):
-        def next(self, logits: torch.Tensor) -> int:
-            if self._transport.rank == 0:
-                rows.append(logits.clone())
-            return super().next(logits)
+    def listening(samplers: Any, logits: torch.Tensor, greedy: Any, collectives: Any) -> list[int]:
+        if collectives.rank == 0:
+            rows.extend(logits.clone())
+        return next_tokens(samplers, logits, greedy, collectives)
 
-    monkeypatch.setattr(answers, "Sampler", Listening)
+    monkeypatch.setattr(answers, "next_tokens", listening)
     return rows
 
 
@@ -269,53 +273,55 @@ def test_the_longest_prefix_wins_and_a_held_one_at_a_draw() -> None:
     plan = plan_prefill(facts, ready, 1000, 1, OPTIONS, context_id="new")
     keys = [f"{page:064x}" for page in range(8)]
 
-    def handle(name: str, pages: int, codec: str = "raw") -> ContextHandle:
-        known = (*keys[:pages], "f" * 64)
-        return ContextHandle(name, 128 * (pages + 1), codec, 0, keys=known)
-
-    def longest(*held: ContextHandle) -> tuple[str, int] | None:
-        found = longest_prefix(plan, keys, facts, held, ())
+    def longest(*held: tuple[str, int, str]) -> tuple[str, int] | None:
+        known = Known(Directory(), PUBLIC_NAMESPACE, None)
+        for name, pages, codec_name in held:
+            theirs = (*keys[:pages], f"{name:f>64}")
+            form = form_of(msgspec.structs.replace(plan, codec=codec_name), facts)
+            write = known.begin(name, theirs, 128 * len(theirs))
+            kept = Fidelity.EXACT if codec_name == "raw" else Fidelity.EIGHT_BIT
+            known.arrived(write, name, theirs, form, kept, 0)
+        found = longest_prefix(plan, keys, form_of(plan, facts), known)
         return found and (found.plan.prefix_id, found.plan.reused_tokens)
 
     assert longest() is None
-    assert longest(handle("a", 0)) is None
-    assert longest(handle("a", 2), handle("b", 5), handle("c", 5)) == ("b", 640)
-    assert longest(handle("a", 2), handle("b", 5, "int8")) == ("a", 256)
-    assert longest(handle("new", 6), handle("a", 1)) == ("a", 128)
-    assert longest(handle("a", 8)) == ("a", 896)  # 1000 tokens: the eighth page is short
-    assert [shared_pages(keys, keys[:n]) for n in range(9)] == list(range(9))
+    assert longest(("a", 0, "raw")) is None
+    assert longest(("a", 2, "raw"), ("b", 5, "raw"), ("c", 5, "raw")) == ("b", 640)
+    assert longest(("a", 2, "raw"), ("b", 5, "int8")) == ("a", 256)
+    assert longest(("new", 6, "raw"), ("a", 1, "raw")) == ("a", 128)
+    assert longest(("a", 8, "raw")) == ("a", 896)  # 1000 tokens: the eighth page is short
 
 
 def shard(codec_name: str, tokens: int) -> ContextShard:
-    return ContextShard(codec(codec_name), 2, 2, 16, torch.float32, "cpu", tokens, 16)
+    return ContextShard(codec(codec_name), 2, 2, 16, torch.float32, "cpu", tokens, PAGE)
 
 
 def filled(codec_name: str) -> ContextShard:
-    full, spans = shard(codec_name, 64), (Span(16, 48), Span(80, 112))
+    full, spans = shard(codec_name, 4 * PAGE), (Span(128, 384), Span(640, 896))
     full.reserve(spans)
     generator = torch.Generator().manual_seed(1)
     for layer in range(2):
-        full.write(layer, *(torch.randn(64, 2, 16, generator=generator) for _ in range(2)))
+        full.write(layer, *(torch.randn(4 * PAGE, 2, 16, generator=generator) for _ in range(2)))
     return full
 
 
 @pytest.mark.parametrize("codec_name", ["raw", "int8"])
 def test_pages_are_copied_bit_for_bit(codec_name: str) -> None:
-    source, into = filled(codec_name), shard(codec_name, 64)
-    copy_pages(source, into, (Span(16, 48), Span(80, 96)))
-    assert into.spans == (Span(16, 48), Span(80, 96))
+    source, into = filled(codec_name), shard(codec_name, 4 * PAGE)
+    copy_pages(source, into, (Span(128, 384), Span(640, 768)))
+    assert into.spans == (Span(128, 384), Span(640, 768))
     for layer in range(2):
-        for ours, theirs in zip(into.tensors(layer), source.tensors(layer, 48), strict=True):
+        for ours, theirs in zip(into.tensors(layer), source.tensors(layer, 384), strict=True):
             assert torch.equal(ours, theirs)
-    nothing = shard(codec_name, 64)
+    nothing = shard(codec_name, 4 * PAGE)
     copy_pages(source, nothing, ())
     assert nothing.num_tokens == 0
 
 
 def test_a_copy_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, into = filled("raw"), shard("raw", 64)
+    source, into = filled("raw"), shard("raw", 4 * PAGE)
     with pytest.raises(BadInput, match="do not fit the shard: codec 'raw', wanted 'int8'"):
-        copy_pages(source, shard("int8", 64), (Span(16, 48),))
+        copy_pages(source, shard("int8", 4 * PAGE), (Span(128, 384),))
     fill = ContextShard.fill
 
     def harmed(self: ContextShard, row: int, tokens: int, payloads: torch.Tensor) -> None:
@@ -324,5 +330,5 @@ def test_a_copy_that_differs_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ContextShard, "fill", harmed)
     with pytest.raises(CorruptPage, match="differs from what was copied"):
-        copy_pages(source, into, (Span(16, 48),))
+        copy_pages(source, into, (Span(128, 384),))
     assert into.num_tokens == 0

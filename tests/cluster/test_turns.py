@@ -37,6 +37,7 @@ from ringspan.cluster.messages import (
 )
 from ringspan.cluster.planner import PrefillOptions
 from ringspan.cluster.rank import Rank
+from ringspan.cluster.sampling import next_tokens
 from ringspan.errors import TooLarge
 from ringspan.kvstore.folder import Store
 from ringspan.types import Span, page_tokens_for, total_tokens
@@ -151,13 +152,12 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The logits that every token was chosen from, on rank 0."""
     rows: list[torch.Tensor] = []
 
-    class Listening(answers.Sampler):
-        def next(self, logits: torch.Tensor) -> int:
-            if self._transport.rank == 0:
-                rows.append(logits.clone())
-            return super().next(logits)
+    def listening(samplers: Any, logits: torch.Tensor, greedy: Any, collectives: Any) -> list[int]:
+        if collectives.rank == 0:
+            rows.extend(logits.clone())
+        return next_tokens(samplers, logits, greedy, collectives)
 
-    monkeypatch.setattr(answers, "Sampler", Listening)
+    monkeypatch.setattr(answers, "next_tokens", listening)
     return rows
 
 

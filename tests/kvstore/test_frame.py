@@ -16,9 +16,9 @@ from ringspan.kvstore.testing import make_shards
 from ringspan.types import Span
 
 
-def make_page(codec="int8", tokens=21):
+def make_page(codec="int8", tokens=149):
     (shard,) = make_shards(tokens, 1, codec)
-    keys = page_keys("ab" * 32, PUBLIC_NAMESPACE, np.arange(tokens), 16)
+    keys = page_keys("ab" * 32, PUBLIC_NAMESPACE, np.arange(tokens), 128)
     origin = Origin(fingerprint="ab" * 32, namespace="00" * 8, rope="applied")
     return shard.export_page(len(keys) - 1, origin, keys)
 
@@ -102,11 +102,11 @@ def test_a_changed_header_with_a_fitting_checksum_never_gives_wrong_bytes(at, va
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": 2}, "format 2"),
+        ({"format": 9}, "format 9"),
         ({"key": "zz"}, "no BLAKE3 key"),
-        ({"span": Span(16, 40)}, "not a page of 16 tokens"),
-        ({"span": Span(3, 8)}, "not a page of 16 tokens"),
-        ({"span": Span(16, 16)}, "not a page of 16 tokens"),
+        ({"span": Span(128, 280)}, "not a page of 128 tokens"),
+        ({"span": Span(3, 8)}, "not a page of 128 tokens"),
+        ({"span": Span(128, 128)}, "not a page of 128 tokens"),
         ({"plane_sums": (1, 2)}, "2 plane sums for 3 layers"),
         ({"payload_bytes": 7}, "payload of 7 bytes"),
         ({"xxh3": "00" * 16}, "xxh3-128 differs"),
@@ -126,6 +126,7 @@ def test_headers_that_contradict_themselves_are_refused(change, said):
         ({"dtype": "complex64"}, "unknown dtype"),
         ({"codec_params": "plain"}, "codec_params 'plain', wanted 'hadamard'"),
         ({"num_layers": 0}, "make no sense"),
+        ({"page_tokens": 64}, "pages of 64 tokens, codec int8 makes pages of 128"),
         ({"head_dim": 16}, "form differs: tensors"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

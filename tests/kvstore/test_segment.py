@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import os
 import resource
-from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
 from ringspan.errors import CorruptPage, StoreError
-from ringspan.kvstore import batches, transfer
+from ringspan.kvstore import batches, write_behind
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.page import Origin
 from ringspan.kvstore.segment import SegmentWriter, read_frame, scan
@@ -49,7 +48,7 @@ def test_saving_a_shard_gives_the_frames_of_its_pages(tmp_path):
 def test_direct_writes_leave_the_same_file(tmp_path, monkeypatch, batch_bytes):
     _, shard, keys = some_pages()
     save_shard(shard, ORIGIN, keys, tmp_path / "rank-0.seg")
-    monkeypatch.setattr(transfer, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(write_behind, "DIRECT_BYTES", 0)
     monkeypatch.setattr(batches, "BATCH_BYTES", batch_bytes)
     save_shard(shard, ORIGIN, keys, tmp_path / "rank-1.seg")
     assert (tmp_path / "rank-0.seg").read_bytes() == (tmp_path / "rank-1.seg").read_bytes()
@@ -103,14 +102,13 @@ def test_no_room_in_the_midst_is_one_line_and_leaves_no_file(tmp_path):
     assert not path.exists()
 
 
-def test_a_full_device_is_one_line():
+def test_a_full_device_is_one_line(tmp_path):
     _, shard, keys = some_pages()
     page = shard.export_page(0, ORIGIN, keys)
-    writer = SegmentWriter.__new__(SegmentWriter)
-    writer.path, writer.written_bytes, writer._direct = Path("/dev/full"), 0, False
-    writer._fd = os.open("/dev/full", os.O_WRONLY)
-    try:
-        with pytest.raises(StoreError, match="No space left on device"):
-            writer.append(page)
-    finally:
-        os.close(writer._fd)
+    writer = SegmentWriter(tmp_path / "rank-0.seg")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, writer._fd)
+    os.close(full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        writer.append(page)
+    writer.discard()

@@ -13,13 +13,14 @@ from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.page import Origin, payload_digest, verify_page
 from ringspan.kvstore.pool import Pool, free_bytes
 from ringspan.kvstore.shard import ContextShard
-from ringspan.kvstore.testing import make_shards
+from ringspan.kvstore.testing import make_shards, page_tokens_of
 from ringspan.types import Span
 
 ORIGIN = Origin(fingerprint="ab" * 32, namespace="00" * 8, rope="applied")
 
 
-def shard_of(name="raw", capacity=40, page_tokens=16, layers=2, head_dim=32):
+def shard_of(name="raw", capacity=40, page_tokens=None, layers=2, head_dim=32):
+    page_tokens = page_tokens or page_tokens_of(name)
     return ContextShard(
         codec(name), layers, 2, head_dim, torch.float32, "cpu", capacity, page_tokens
     )
@@ -37,23 +38,44 @@ def keys_for(num_tokens, page_tokens=16):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_what_is_written_in_two_pieces_reads_back_as_one(name):
-    k, v = some(37)
-    whole, pieces = shard_of(name), shard_of(name)
-    whole.reserve((Span(0, 37),))
-    pieces.reserve((Span(0, 16),))
+    step = page_tokens_of(name)
+    tokens = 2 * step + 5
+    k, v = some(tokens)
+    whole, pieces = shard_of(name, tokens), shard_of(name, tokens)
+    whole.reserve((Span(0, tokens),))
+    pieces.reserve((Span(0, step),))
     for layer in range(2):
         whole.write(layer, k, v)
-        pieces.write(layer, k[:16], v[:16])
-    pieces.reserve((Span(16, 37),))
+        pieces.write(layer, k[:step], v[:step])
+    pieces.reserve((Span(step, tokens),))
     for layer in range(2):
-        pieces.write(layer, k[16:], v[16:])
+        pieces.write(layer, k[step:], v[step:])
         for a, b in zip(whole.tensors(layer), pieces.tensors(layer), strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
             assert a.is_contiguous()
-    assert pieces.spans == (Span(0, 37),)
-    assert pieces.num_tokens == 37
-    assert pieces.kv_bytes == 37 * pieces.token_bytes
-    assert pieces.tensors(0, 5)[0].shape[0] == 5
+    assert pieces.spans == (Span(0, tokens),)
+    assert pieces.num_tokens == tokens
+    assert pieces.kv_bytes == pieces.bytes_of(tokens) == pieces.capacity_bytes
+    spec = pieces.specs[0]
+    assert pieces.tensors(0, step)[0].shape[0] == spec.units(step)
+    assert pieces.tensors(0, tokens, step)[0].shape[0] == spec.units(step + 5)
+
+
+def test_pages_that_are_encoded_whole_come_whole():
+    shard = shard_of("int8", 512)
+    with pytest.raises(ValueError, match=r"span \[16, 144\) is not cut at pages of 128, in which"):
+        shard.reserve((Span(16, 144),))
+    with pytest.raises(ValueError, match=r"span \[0, 100\) is not cut at pages of 128"):
+        shard.reserve((Span(0, 100), Span(128, 256)))
+    shard.reserve((Span(0, 128), Span(256, 300)))
+    for layer in range(2):
+        shard.write(layer, *some(172))
+    with pytest.raises(ValueError, match="172 rows end within a page of 128, which codec int8"):
+        shard.reserve((Span(300, 301),))
+    with pytest.raises(ValueError, match="row 5 lies within a unit of 128"):
+        shard.tensors(0, None, 5)
+    with pytest.raises(ValueError, match="in pages of 16 tokens, codec int4 makes pages of 128"):
+        shard_of("int4", page_tokens=16)
 
 
 def test_a_layer_cannot_be_read_before_it_is_written():
@@ -118,11 +140,12 @@ def test_pages_are_cut_by_absolute_position():
 
 @pytest.mark.parametrize("name", CODECS)
 def test_plane_sums_are_those_of_the_written_formula(name):
-    (shard,) = make_shards(21, 1, name)
+    step = page_tokens_of(name)
+    (shard,) = make_shards(step + 5, 1, name)
     wanted = [
         sum(
-            sum64_ref(tensor[16:21].contiguous().view(torch.uint8).numpy().tobytes(), t + 1)
-            for t, tensor in enumerate(shard.tensors(layer))
+            sum64_ref(tensor.contiguous().view(torch.uint8).numpy().tobytes(), t + 1)
+            for t, tensor in enumerate(shard.tensors(layer, None, step))
         )
         % 2**64
         for layer in range(3)
@@ -133,12 +156,15 @@ def test_plane_sums_are_those_of_the_written_formula(name):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_pages_go_to_another_shard_bit_for_bit(name):
-    (source,) = make_shards(75, 1, name)
-    target = ContextShard(codec(name), 3, 2, 32, torch.float32, "cpu", 75, 16)
+    step = page_tokens_of(name)
+    tokens = 4 * step + 11
+    (source,) = make_shards(tokens, 1, name)
+    target = ContextShard(codec(name), 3, 2, 32, torch.float32, "cpu", tokens, step)
     for index in range(5):
-        page = source.export_page(index, ORIGIN, keys_for(75))
+        page = source.export_page(index, ORIGIN, keys_for(tokens, step))
         assert list(page.header.plane_sums) == source.plane_sums(index)
-        assert page.header.key == keys_for(75)[index]
+        assert page.header.key == keys_for(tokens, step)[index]
+        assert page.payload.nbytes == source.bytes_of(page.header.span.tokens)
         target.import_page(page)
     assert target.spans == source.spans
     for layer in range(3):
@@ -185,10 +211,10 @@ def test_planes_of_two_layers_swapped_are_seen():
 
 @pytest.mark.parametrize("page_tokens", [3, 4])
 def test_odd_payloads_are_copied_bytewise(page_tokens):
-    """Scales of an odd number of tokens leave planes that are no multiple of 8 bytes."""
+    """An odd number of tokens of few values leaves planes that are no multiple of 8 bytes."""
     form = {"num_kv_heads": 1, "head_dim": 2, "num_layers": 2, "page_tokens": page_tokens}
-    (source,) = make_shards(5, 1, "int8", **form)
-    target = ContextShard(codec("int8"), 2, 1, 2, torch.float32, "cpu", 5, page_tokens)
+    (source,) = make_shards(5, 1, "bf16", **form)
+    target = ContextShard(codec("bf16"), 2, 1, 2, torch.float32, "cpu", 5, page_tokens)
     for index in range(2):
         target.import_page(source.export_page(index, ORIGIN, keys_for(5, page_tokens)))
     for layer in range(2):

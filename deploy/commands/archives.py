@@ -1,0 +1,154 @@
+"""`ringspan contexts export|import|recode`: contexts as files, and in other codecs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ringspan.deploy.commands.options import DEFAULT_STORE, Device, Store
+from ringspan.deploy.progress import Meter, bytes_words, meter
+from ringspan.errors import BadInput
+
+if TYPE_CHECKING:
+    from ringspan.kvstore.folder import Store as StoreFolder
+    from ringspan.kvstore.transcode import Progress
+
+Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
+File = Annotated[Path, typer.Argument(help="The file; by custom it ends in .rsctx.")]
+Recoded = Annotated[
+    str | None,
+    typer.Option("--codec", help="Recode on the way: a codec that keeps no more than it has."),
+]
+Cold = Annotated[
+    bool, typer.Option("--cold", help="Pack pages for the archive, bit for bit (zstd by planes).")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def export(
+    context: Context,
+    file: File,
+    store: Store = DEFAULT_STORE,
+    codec: Recoded = None,
+    cold: Cold = False,
+    force: Force = False,
+    device: Device = "cpu",
+) -> None:
+    """Write a context to one file that holds all of it, every page verified."""
+    from ringspan.kvstore.archive import FRAMES
+    from ringspan.kvstore.codecs import cold as cold_codec
+    from ringspan.kvstore.export import export_context
+
+    folder = _folder(store)
+    began = time.perf_counter()
+    with _progress("export") as progress:
+        done = export_context(
+            folder,
+            context,
+            file,
+            codec_name=codec or "",
+            stored=cold_codec.NAME if cold else FRAMES,
+            replace=force,
+            device=_device(device),
+            progress=progress,
+        )
+    elapsed_s = time.perf_counter() - began
+    print(
+        f"{file}: {done.num_pages:,} pages, {bytes_words(done.file_bytes)} for "
+        f"{bytes_words(done.payload_bytes)} of KV, in {elapsed_s:.1f} s"
+    )
+
+
+def import_(
+    file: File,
+    store: Store = DEFAULT_STORE,
+    codec: Recoded = None,
+    force: Force = False,
+    device: Device = "cpu",
+) -> None:
+    """Take a context from a file that `export` wrote, after all of it was verified."""
+    from ringspan.kvstore.folder import Store as StoreFolder
+    from ringspan.kvstore.importing import import_context
+
+    began = time.perf_counter()
+    with _progress("import") as progress:
+        manifest = import_context(
+            StoreFolder(store),
+            file,
+            codec_name=codec or "",
+            replace=force,
+            device=_device(device),
+            progress=progress,
+        )
+    elapsed_s = time.perf_counter() - began
+    print(
+        f"context {manifest.context_id}: {manifest.num_tokens:,} tokens, codec {manifest.codec}, "
+        f"{bytes_words(manifest.payload_bytes)}, verified, in {elapsed_s:.1f} s"
+    )
+
+
+def recode(
+    context: Context,
+    codec: Annotated[str, typer.Option("--codec", help="One that keeps no more than it has.")],
+    store: Store = DEFAULT_STORE,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="In the place of what is stored, not beside it.")
+    ] = False,
+    device: Device = "cpu",
+) -> None:
+    """Make a second form of a context: the same pages in another codec."""
+    from ringspan.kvstore.forms import recode as recode_context
+
+    began = time.perf_counter()
+    with _progress("recode") as progress:
+        at, manifest = recode_context(
+            _folder(store),
+            context,
+            codec,
+            replace=replace,
+            device=_device(device),
+            progress=progress,
+        )
+    elapsed_s = time.perf_counter() - began
+    print(
+        f"context {manifest.context_id}: codec {manifest.codec} ({manifest.fidelity.text}), "
+        f"{bytes_words(manifest.payload_bytes)}, in {at.root}, in {elapsed_s:.1f} s"
+    )
+
+
+def _folder(store: Path) -> StoreFolder:
+    from ringspan.deploy.commands.contexts import existing
+    from ringspan.kvstore.folder import Store as StoreFolder
+
+    return StoreFolder(existing(store))
+
+
+def _device(name: str) -> str:
+    """Where pages are decoded and encoded; the machine at hand, if it is left to us."""
+    import torch
+
+    here = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if here else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not here):
+        raise BadInput(f"--device {name}: wanted cpu{' or cuda' if here else ', there is no GPU'}")
+    return name
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """A meter that begins with the first page: only then it is known how many there are."""
+    with contextlib.ExitStack() as phases:
+        meters: list[Meter] = []
+
+        def progress(done: int, pages: int) -> None:
+            if not meters:
+                meters.append(phases.enter_context(meter(what, pages, "pages")))
+            meters[0].update(done)
+
+        yield progress

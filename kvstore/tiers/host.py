@@ -1,0 +1,260 @@
+"""Tier `host`: frames in shared memory of the node, kept by a process that outlives the ranks.
+
+A rank asks for slots, copies frames into them and says so; only then are they visible. A rank that
+dies before leaves nothing (`host_server`). Reading leases the pages, so that nobody deletes them
+meanwhile, and copies straight out of the mapped slabs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from ringspan.errors import CorruptPage, StoreError
+from ringspan.kvstore.frame import aligned, decode_head, encode_head
+from ringspan.kvstore.tiers import host_wire as wire
+from ringspan.kvstore.tiers.base import PageId, PageMissing, TierStat, page_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ringspan.cluster.messages import PageRecord
+    from ringspan.kvstore.page import Page, PageHeader
+
+R = TypeVar("R", bound=wire.Wire)
+
+HOST = "host"
+PUT_BYTES = 256 << 20
+"""Of frames that are reserved at once: what a full store refuses in one piece."""
+TIMEOUT_S = 30.0
+"""For one reply."""
+
+
+class HostTier:
+    """The host store that serves `folder`. Safe for threads; connects when first used.
+
+    Raises `StoreError` when no store answers there, or when it is full.
+    """
+
+    name = HOST
+
+    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
+        self._folder, self._timeout_s = folder, timeout_s
+        self._connection: socket.socket | None = None
+        self._slabs: dict[str, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def put(self, pages: Iterable[Page]) -> None:
+        batch: list[Page] = []
+        size = 0
+        for page in pages:
+            batch.append(page)
+            size += page.payload.nbytes
+            if size >= PUT_BYTES:
+                self._put(batch)
+                batch, size = [], 0
+        if batch:
+            self._put(batch)
+
+    def _put(self, pages: Sequence[Page]) -> None:
+        heads = [encode_head(page.header) for page in pages]
+        reply = self._places(
+            wire.Reserve(
+                pages=tuple(page_id(page.header) for page in pages),
+                frame_bytes=tuple(
+                    len(head) + aligned(page.payload.nbytes)
+                    for head, page in zip(heads, pages, strict=True)
+                ),
+            )
+        )
+        for place, head, page in zip(reply.places, heads, pages, strict=True):
+            if place is not None:
+                self._write(place, head, page)
+        taken = tuple(place for place in reply.places if place is not None)
+        if taken:
+            self._ask(wire.Publish(places=taken), wire.Done)
+
+    def _write(self, place: wire.Place, head: bytes, page: Page) -> None:
+        room = self._frame(place)
+        body, size = len(head), page.payload.nbytes
+        room[:body] = np.frombuffer(head, np.uint8)
+        np.copyto(room[body : body + size], np.frombuffer(page.payload, np.uint8))
+        room[body + size :] = 0
+
+    def reading(self, form: str, records: Sequence[PageRecord]) -> HostReader:
+        wanted = tuple(PageId(record.key, form) for record in records)
+        reply = self._places(wire.Lookup(pages=wanted))
+        places = {
+            record.key: place
+            for record, place in zip(records, reply.places, strict=True)
+            if place is not None
+        }
+        return HostReader(self, places, reply.lease)
+
+    def holds(self, pages: Iterable[PageId]) -> list[bool]:
+        return list(self._ask(wire.Holds(pages=tuple(pages)), wire.Answers).held)
+
+    def delete(self, pages: Iterable[PageId]) -> None:
+        self._ask(wire.Delete(pages=tuple(pages)), wire.Done)
+
+    def stat(self) -> TierStat:
+        found = self._ask(wire.Stat(), wire.Stated)
+        return TierStat(found.pages, found.used_bytes, found.capacity_bytes)
+
+    def close(self) -> None:
+        with self._lock:
+            self._disconnect()
+            for slab in list(self._slabs):
+                self._unmap(slab)
+
+    # used by HostReader
+
+    def release(self, lease: int) -> None:
+        """A store that is gone has no leases."""
+        with contextlib.suppress(StoreError):
+            self._ask(wire.Release(lease=lease), wire.Done)
+
+    def frame_bytes(self, place: wire.Place) -> np.ndarray:
+        return self._frame(place)
+
+    def _frame(self, place: wire.Place) -> np.ndarray:
+        """uint8 [frame bytes], the slot itself. Raises `PageMissing` where the slab is gone."""
+        with self._lock:
+            if place.slab not in self._slabs:
+                self._slabs[place.slab] = self._map(place.slab)
+            slab = self._slabs[place.slab]
+        if place.offset + place.frame_bytes > len(slab):
+            raise CorruptPage(f"host store {self._folder}: {place} lies outside its slab")
+        return np.frombuffer(slab, np.uint8, place.frame_bytes, place.offset)
+
+    def _map(self, name: str) -> mmap.mmap:
+        if "/" in name or not name.startswith("slab-"):
+            raise StoreError(f"host store {self._folder}: {name!r} is no slab")
+        try:
+            fd = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise PageMissing(
+                f"host store {self._folder}: slab {name} cannot be mapped "
+                f"({os.strerror(error.errno or 0)})"
+            ) from None
+        try:
+            return mmap.mmap(fd, 0)
+        finally:
+            os.close(fd)
+
+    def _unmap(self, name: str) -> None:
+        slab = self._slabs.pop(name, None)
+        if slab is not None:
+            with contextlib.suppress(BufferError):  # a reader still has it: goes with the reader
+                slab.close()
+
+    # the connection
+
+    def _places(self, request: wire.Request) -> wire.Places:
+        reply = self._ask(request, wire.Places)
+        with self._lock:
+            for slab in reply.gone:
+                self._unmap(slab)
+        return reply
+
+    def _ask(self, request: wire.Request, wanted: type[R]) -> R:
+        with self._lock:
+            reply = self._exchange(request)
+        if isinstance(reply, wire.Refused):
+            raise StoreError(reply.why)
+        if not isinstance(reply, wanted):
+            raise StoreError(
+                f"host store {self._folder}: answered {type(reply).__name__} to "
+                f"{type(request).__name__}"
+            )
+        return reply
+
+    def _exchange(self, request: wire.Request) -> wire.Reply:
+        """Once more over a new connection where the store was started again since the last time."""
+        fresh = self._connection is None
+        try:
+            return self._exchange_once(request)
+        except (OSError, EOFError) as error:
+            self._disconnect()
+            if not fresh and not isinstance(error, TimeoutError):
+                try:
+                    return self._exchange_once(request)
+                except (OSError, EOFError) as again:
+                    self._disconnect()
+                    error = again
+            raise StoreError(
+                f"host store {self._folder}: no answer ({error}); is it running? "
+                f"`ringspan contexts move --to host` starts it"
+            ) from None
+
+    def _exchange_once(self, request: wire.Request) -> wire.Reply:
+        if self._connection is None:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(self._timeout_s)
+            try:
+                connection.connect(str(self._folder / wire.SOCKET))
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        self._connection.sendall(wire.framed(request))
+        return wire.decode_reply(wire.receive(self._connection))
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class HostReader:
+    """Leased pages of a host store."""
+
+    road = HOST
+
+    def __init__(self, tier: HostTier, places: dict[str, wire.Place], lease: int) -> None:
+        self._tier, self._places, self._lease = tier, places, lease
+        self.owns_tier = False
+        """Whether closing the reader closes the tier's connection too."""
+
+    def where(self, record: PageRecord) -> str:
+        place = self._places.get(record.key)
+        return f"host {place.slab} at byte {place.offset}" if place else "host"
+
+    def place(self, record: PageRecord) -> str:
+        place = self._places.get(record.key)
+        return f"{place.slab} {place.offset} {place.generation}" if place else "none"
+
+    def head(self, record: PageRecord) -> PageHeader:
+        frame = self._frame(record)
+        head = memoryview(bytearray(frame[: record.frame_bytes - aligned(record.payload_bytes)]))
+        header, head_bytes = decode_head(head, self.where(record))
+        if head_bytes != head.nbytes or frame.size != record.frame_bytes:
+            raise CorruptPage(
+                f"{self.where(record)}: a frame of {frame.size} bytes, wanted {record.frame_bytes}"
+            )
+        return header
+
+    def payload(self, record: PageRecord, room: memoryview, first: int = 0) -> None:
+        begin = record.frame_bytes - aligned(record.payload_bytes) + first
+        part = self._frame(record)[begin : begin + room.nbytes]
+        np.copyto(np.frombuffer(room, np.uint8), part)
+
+    def _frame(self, record: PageRecord) -> np.ndarray:
+        place = self._places.get(record.key)
+        if place is None:
+            raise PageMissing(f"tier {self.road}: no page {record.key[:16]}")
+        return self._tier.frame_bytes(place)
+
+    def close(self) -> None:
+        lease, self._lease = self._lease, 0
+        if lease:
+            self._tier.release(lease)
+            if self.owns_tier:
+                self._tier.close()
