@@ -98,9 +98,7 @@ class Decoding:
     def _capture(self) -> None:
         self._tried = True
         eager = self._logits, self._greedy
-        self._captured, reason = capture(
-            self._compute, self._runtime.transport, self._moving
-        )
+        self._captured, reason = capture(self._compute, self._runtime.transport, self._moving)
         self._step.transport = self._runtime.transport
         if self._captured is None:
             self._logits, self._greedy = eager

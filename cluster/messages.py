@@ -223,15 +223,13 @@ class PagesRecomputed(Message, frozen=True, kw_only=True):
 class PageDeviation(Message, frozen=True, kw_only=True):
     """rank -> controller: a stored page against the one computed again from its tokens.
 
-    Each is ||stored - computed|| / ||computed|| of the layer in which it is largest.
+    Each is ||stored - computed|| / ||computed||, layer by layer, of K or V, which is larger.
     """
 
     span: Span
-    k_error: float
-    v_error: float
-    k_codec: float
-    """What encoding the recomputed K in the context's codec costs by itself."""
-    v_codec: float
+    error: tuple[float, ...]
+    codec: tuple[float, ...]
+    """What encoding the recomputed K and V in the context's codec costs by itself."""
 
 
 class AnswerRequest(Message, frozen=True, kw_only=True):

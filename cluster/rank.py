@@ -116,7 +116,7 @@ class Rank:
         return self.contexts.chunk_logits(context_id, chunk_index)
 
     def begin_saving(self, context_id: str, staging: str) -> None:
-        """After `begin_prefill...`: from now on pages go to the staging folder behind each chunk."""
+        """After `begin_prefill`: from now on pages go to the staging folder behind each chunk."""
         self.contexts.begin_saving(context_id, staging)
 
     def save(self, context_id: str, staging: str) -> ShardSaved:

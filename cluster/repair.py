@@ -228,10 +228,8 @@ class Repairs:
         num_layers = scratch.num_layers
         return PageDeviation(
             span=header.span,
-            k_error=_worst(k, k_stored, num_layers),
-            v_error=_worst(v, v_stored, num_layers),
-            k_codec=_worst(k, k_coded, num_layers),
-            v_codec=_worst(v, v_coded, num_layers),
+            error=_larger(_errors(k, k_stored, num_layers), _errors(v, v_stored, num_layers)),
+            codec=_larger(_errors(k, k_coded, num_layers), _errors(v, v_coded, num_layers)),
         )
 
     def write_parity(self, manifest: Manifest, staging: str, rows: int) -> int:
@@ -304,12 +302,15 @@ def _steps(pages: Sequence[PageRecord], chunk_tokens: int) -> Iterator[list[Page
         yield step
 
 
-def _worst(truth: torch.Tensor, found: torch.Tensor, num_layers: int) -> float:
-    """The largest ||found - truth|| / ||truth|| of a layer; inf for what is not finite."""
+def _errors(truth: torch.Tensor, found: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """||found - truth|| / ||truth|| of each layer, inf for what is not finite."""
     truth, found = (x.double().view(num_layers, -1) for x in (truth, found))
     size = truth.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    error = float(((found - truth).norm(dim=1) / size).max())
-    return error if np.isfinite(error) else float("inf")
+    return ((found - truth).norm(dim=1) / size).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _larger(a: torch.Tensor, b: torch.Tensor) -> tuple[float, ...]:
+    return tuple(torch.maximum(a, b).tolist())
 
 
 def _survivors(context_id: str) -> str:

@@ -16,10 +16,11 @@ from ringspan.errors import CorruptPage, StoreError
 from ringspan.kvstore.frame import aligned
 from ringspan.kvstore.manifest import read_manifest
 from ringspan.kvstore.page import verify_sums
+from ringspan.kvstore.parity import check_parity, parity_rows
 from ringspan.kvstore.planes import payload_sums
 from ringspan.kvstore.supply import NO_QUARANTINE, Supply
 from ringspan.kvstore.tiers.counters import StoreCounters
-from ringspan.kvstore.tiers.placement import read_placement, reader_of
+from ringspan.kvstore.tiers.placement import TierName, read_placement, reader_of
 from ringspan.kvstore.tokens import TOKENS, read_tokens
 from ringspan.types import Span
 
@@ -41,6 +42,8 @@ class BadPage(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     span: Span
+    tier: TierName
+    """Whose copy it is."""
     segment: str
     offset: int
     what: str
@@ -55,11 +58,15 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...]
     """With the manifest or the tokens: the context as a whole cannot be used."""
     bad_pages: tuple[BadPage, ...]
+    bad_parity: tuple[str, ...] = ()
+    """A line about each piece of parity that is damaged, and about pages that none covers."""
+    parity_rows: int = 0
+    """Pages of parity to a stripe."""
     elapsed_s: float
 
     @property
     def ok(self) -> bool:
-        return not self.problems and not self.bad_pages
+        return not self.problems and not self.bad_pages and not self.bad_parity
 
 
 def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> VerifyReport:
@@ -70,6 +77,8 @@ def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> 
     began = time.perf_counter()
     problems: list[str] = []
     bad: list[BadPage] = []
+    bad_parity: list[str] = []
+    rows = 0
     records: tuple[PageRecord, ...] = ()
     try:
         manifest = read_manifest(folder)
@@ -82,12 +91,19 @@ def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> 
         except StoreError as error:
             problems.append(str(error))
         bad = _verify_pages(folder, manifest, progress, readers)
+        try:
+            rows = parity_rows(folder)
+            bad_parity = check_parity(folder, records)
+        except StoreError as error:
+            bad_parity.append(str(error))
     return VerifyReport(
         context_id=folder.name,
         num_pages=len(records),
         payload_bytes=sum(record.payload_bytes for record in records),
         problems=tuple(problems),
         bad_pages=tuple(bad),
+        bad_parity=tuple(bad_parity),
+        parity_rows=rows,
         elapsed_s=time.perf_counter() - began,
     )
 
@@ -97,7 +113,7 @@ def _verify_pages(
 ) -> list[BadPage]:
     """Of every tier that holds the context; each copy of a page counts by itself."""
     bad: list[BadPage] = []
-    pending: deque[tuple[PageRecord, Future[str | None]]] = deque()
+    pending: deque[tuple[PageRecord, TierName, Future[str | None]]] = deque()
     names = read_placement(folder).tiers
     done, total = 0, len(manifest.pages) * len(names)
     with ThreadPoolExecutor(readers, "verify") as pool, ExitStack() as open_tiers:
@@ -106,18 +122,19 @@ def _verify_pages(
             reader = reader_of(name, folder, manifest, manifest.pages)
             supply = Supply(manifest, [reader], NO_QUARANTINE, StoreCounters())
             open_tiers.enter_context(supply)
-            jobs += [(supply, record) for record in manifest.pages]
+            jobs += [(name, supply, record) for record in manifest.pages]
         for job in (*jobs, None):
             while pending and (job is None or len(pending) > 2 * readers):
-                read, future = pending.popleft()
+                read, tier, future = pending.popleft()
                 what = future.result()
                 if what is not None:
-                    bad.append(_bad_page(read, what))
+                    bad.append(_bad_page(read, tier, what))
                 done += 1
                 if progress is not None:
                     progress(done, total)
             if job is not None:
-                pending.append((job[1], pool.submit(_problem, *job)))
+                tier, supply, record = job
+                pending.append((record, tier, pool.submit(_problem, supply, record)))
     return bad
 
 
@@ -132,7 +149,12 @@ def _problem(supply: Supply, record: PageRecord) -> str | None:
     return None
 
 
-def _bad_page(record: PageRecord, what: str) -> BadPage:
+def _bad_page(record: PageRecord, tier: TierName, what: str) -> BadPage:
     return BadPage(
-        key=record.key, span=record.span, segment=record.segment, offset=record.offset, what=what
+        key=record.key,
+        span=record.span,
+        tier=tier,
+        segment=record.segment,
+        offset=record.offset,
+        what=what,
     )

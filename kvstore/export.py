@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
+from ringspan.errors import BadInput
 from ringspan.kvstore import archive
 from ringspan.kvstore.archive import ArchiveHead, ArchiveWriter
 from ringspan.kvstore.frame import encode_head
@@ -53,10 +54,16 @@ def export_context(
     `replace` is not set, and as `transcode.recoded_form` does. No half-written file stays.
     """
     manifest = store.manifest(name)
-    change = Recoder(manifest, codec_name, device) if codec_name else None
+    loses = stored != archive.FRAMES and not archive_codec(stored).exact
+    if loses and codec_name:
+        raise BadInput(
+            f"codec {codec_name} for pages that are stored as {stored}, which is lossy: give one "
+            "of the two here, and the other one to import"
+        )
+    change: Recoder | None = None
+    if loses or codec_name:
+        change = Recoder(manifest, codec_name, device, through=stored if loses else "")
     form, origin = (change.form, change.origin) if change else (manifest.form, manifest.origin)
-    if stored != archive.FRAMES:
-        archive_codec(stored)
     tokens = store.tokens(manifest)
     head = ArchiveHead(
         stored=stored,

@@ -6,7 +6,8 @@
 
 checksum = xxh3-128 of the 16 bytes before it and the head. The head holds xxh3-128 of the stored
 bytes; the page's header within it has xxh3-128 and plane sums of the payload. So bytes are verified
-before they are unpacked, and what was unpacked before it is used.
+before they are unpacked, and what was unpacked before it is used. Of a lossy archive codec these
+are the sums of what comes out of it, which is the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ import msgspec
 import xxhash
 
 from ringspan.errors import CorruptPage, UnknownName
-from ringspan.kvstore.codecs import cold
+from ringspan.kvstore.codecs import cachegen, cold
 from ringspan.kvstore.page import Page, PageHeader, page_name, verify_header, verify_payload
+from ringspan.kvstore.transcode import decoded_from, resealed
 
 if TYPE_CHECKING:
     from ringspan.kvstore.page import PageForm
 
 MAGIC = b"RSPANPZ\n"
 VERSION = 1
-MAX_PAYLOAD_BYTES = 1 << 30
-"""Of one page that is unpacked: ten times that of the largest models known, and what a file can
-make a reader allocate beyond its own size."""
+MAX_PAYLOAD_BYTES = 256 << 20
+"""Of one page that is unpacked: twice that of the largest models known in fp32. It bounds what a
+file can make a reader allocate beyond its own size."""
 
 _PREFIX = struct.Struct("<8sII")
 _HEAD_BYTES = _PREFIX.size + 16
@@ -40,10 +42,15 @@ class ArchiveCodec(NamedTuple):
 
     pack: Callable[[PageForm, int, memoryview], bytes]
     unpack: Callable[[PageForm, int, memoryview], memoryview]
+    exact: bool
+    """A lossy one takes pages of codec raw, whose provenance names it."""
 
 
-ARCHIVE_CODECS = {cold.NAME: ArchiveCodec(cold.pack, cold.unpack)}
-"""By the name under which a packed frame states them. All are exact."""
+ARCHIVE_CODECS = {
+    cold.NAME: ArchiveCodec(cold.pack, cold.unpack, exact=True),
+    cachegen.NAME: ArchiveCodec(cachegen.pack, cachegen.unpack, exact=False),
+}
+"""By the name under which a packed frame states them."""
 
 
 class PackedHead(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,8 +74,13 @@ def archive_codec(name: str) -> ArchiveCodec:
 
 def encode_packed(page: Page, stored: str) -> tuple[bytes, bytes]:
     """(everything before the stored bytes, the stored bytes) of a sealed page."""
-    header = page.header
-    data = archive_codec(stored).pack(header.form, header.span.tokens, page.payload)
+    header, chosen = page.header, archive_codec(stored)
+    form, tokens = header.form, header.span.tokens
+    if not chosen.exact and not _may_lose(header, stored):
+        raise ValueError(f"{page_name(header)} does not say that it went through {stored}")
+    data = chosen.pack(form, tokens, page.payload)
+    if not chosen.exact:
+        header = resealed(header, chosen.unpack(form, tokens, memoryview(data))).header
     head = PackedHead(
         stored=stored,
         stored_bytes=len(data),
@@ -94,6 +106,11 @@ def decode_packed(data: memoryview, stored: str, where: str = "packed frame") ->
     if xxhash.xxh3_128_hexdigest(packed) != head.xxh3:
         raise CorruptPage(f"{where}: the xxh3-128 of its stored bytes differs from the head's")
     verify_header(header)
+    if not archive_codec(stored).exact and not _may_lose(header, stored):
+        raise CorruptPage(
+            f"{where}: {page_name(header)} is in codec {header.form.codec} and "
+            f"{', '.join(header.origin.provenance)}, which no page stored as {stored} is"
+        )
     if header.payload_bytes > MAX_PAYLOAD_BYTES:
         raise CorruptPage(
             f"{where}: {page_name(header)} would become {header.payload_bytes} bytes, at most "
@@ -105,6 +122,11 @@ def decode_packed(data: memoryview, stored: str, where: str = "packed frame") ->
         raise CorruptPage(f"{where}: {error}") from None
     verify_payload(header, payload)
     return Page(header, payload)
+
+
+def _may_lose(header: PageHeader, stored: str) -> bool:
+    """It is in the codec that a lossy archive codec takes, and claims no more than comes out."""
+    return header.form.codec == "raw" and decoded_from(stored) in header.origin.provenance
 
 
 def _decode_head(data: memoryview, where: str) -> tuple[PackedHead, memoryview]:

@@ -35,7 +35,7 @@ from ringspan.kvstore.page import payload_digest
 from ringspan.kvstore.segment import read_into, store_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.supply import Supply
@@ -154,7 +154,7 @@ def write_parity(path: Path, supply: Supply, wanted: Iterable[tuple[Stripe, int]
     return written
 
 
-def _frame(supply: Supply, stripe: Stripe, row: int) -> tuple[bytes, np.ndarray, bytes]:
+def _frame(supply: Supply, stripe: Stripe, row: int) -> tuple[bytes, memoryview, bytes]:
     payloads: dict[int, np.ndarray] = {}
     members: list[ParityMember] = []
     for index, record in enumerate(stripe):
@@ -171,13 +171,13 @@ def _frame(supply: Supply, stripe: Stripe, row: int) -> tuple[bytes, np.ndarray,
             )
         )
     size = max(record.payload_bytes for record in stripe)
-    payload = parity(row, payloads, size)
+    payload = parity(row, payloads, size).data
     head = ParityHeader(
         context_id=supply.manifest.context_id,
         row=row,
         members=tuple(members),
         payload_bytes=size,
-        xxh3=payload_digest(memoryview(payload)),
+        xxh3=payload_digest(payload),
     )
     return encode_parity_head(head), payload, bytes(aligned(size) - size)
 
@@ -326,6 +326,24 @@ def covered_pages(
             if members <= current:  # or a page was sealed anew: nothing comes back from it
                 covered[frame.header.row] |= members
     return covered, problems
+
+
+def stripe_widths(
+    folder: Path, records: Sequence[PageRecord], bad: Collection[str]
+) -> dict[str, int]:
+    """By key, of pages that parity can bring back while the pages `bad` are lost: how many pages
+    are read for it. Headers alone are looked at."""
+    current = {(record.key, record.xxh3) for record in records}
+    rows: dict[tuple[ParityMember, ...], int] = {}
+    for frame in scan_parity(folder)[0]:
+        rows[frame.header.members] = rows.get(frame.header.members, 0) + 1
+    found: dict[str, int] = {}
+    for members, count in rows.items():
+        lost = [m for m in members if m.key in bad or (m.key, m.xxh3) not in current]
+        if len(lost) <= count:
+            width = len(members) - len(lost) + min(count, len(lost))
+            found |= {m.key: width for m in lost}
+    return found
 
 
 def check_parity(folder: Path, records: Sequence[PageRecord]) -> list[str]:

@@ -12,11 +12,15 @@ copy per (layer, tensor) moves many pages.
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from ringspan.attention.kv import specs_bytes
 from ringspan.kernels.sum64 import sum64_rows
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ Layers = tuple[tuple[torch.Tensor, ...], ...]
 
 GROUP_BYTES = 32 << 20
 """What a sum takes of one tensor at a time: bounds its scratch memory."""
+SUMMERS = min(8, os.cpu_count() or 1)
+"""Threads that sum layers on a CPU; one does 1 to 2 GB/s."""
 
 
 def page_views(
@@ -80,9 +86,11 @@ def page_sums(
     layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, pages: int
 ) -> np.ndarray:
     """Plane sums of consecutive pages: uint64 [pages, layers]."""
-    sums = torch.zeros((len(layers), pages), dtype=torch.int64, device=layers[0][0].device)
-    for layer, tensors in enumerate(layers):
-        for t, (tensor, spec) in enumerate(zip(tensors, specs, strict=True)):
+    device = layers[0][0].device
+    sums = torch.zeros((len(layers), pages), dtype=torch.int64, device=device)
+
+    def sum_layer(layer: int) -> None:
+        for t, (tensor, spec) in enumerate(zip(layers[layer], specs, strict=True)):
             width = spec.bytes_of(tokens)
             flat = _units(tensor, spec, row, tokens, pages)
             group = max(1, GROUP_BYTES // max(1, width))
@@ -90,6 +98,13 @@ def page_sums(
                 last = min(first + group, pages)
                 part = flat[first * width : last * width].view(last - first, width)
                 sums[layer, first:last] += sum64_rows(part, t + 1)  # wraps around, as meant
+
+    if device.type == "cpu" and pages * len(layers) * specs_bytes(specs, tokens) > GROUP_BYTES:
+        with ThreadPoolExecutor(SUMMERS, "plane-sums") as pool:
+            deque(pool.map(sum_layer, range(len(layers))), maxlen=0)
+    else:
+        for layer in range(len(layers)):
+            sum_layer(layer)
     found: np.ndarray = sums.T.contiguous().cpu().numpy().view(np.uint64)
     return found
 

@@ -50,6 +50,7 @@ class ParityReader:
     def __init__(self, folder: Path, others: Supply) -> None:
         self._folder, self._others = folder, others
         self._records = {record.key: record for record in others.manifest.pages}
+        self._keys = others.manifest.keys
         self._stripes: dict[str, list[_Stripe]] | None = None
         self._made: OrderedDict[str, Page] = OrderedDict()
         self._counted: set[str] = set()
@@ -154,16 +155,14 @@ class ParityReader:
         return np.frombuffer(room, dtype=np.uint8)[: record.payload_bytes]
 
     def _sealed(self, record: PageRecord, member: ParityMember, data: np.ndarray) -> Page:
-        payload = memoryview(np.ascontiguousarray(data))
+        payload = np.ascontiguousarray(data).data
         if payload_digest(payload) != record.xxh3:
             raise CorruptPage(f"{self.where(record)}: what it gives has another xxh3-128")
         manifest = self._others.manifest
         form, tokens = manifest.form, record.span.tokens
-        index = record.span.start // form.page_tokens
-        keys = {i: manifest.pages[i].key for i in (index - 1, index) if i >= 0}
         sums = payload_sums(payload, form.specs, form.num_layers, tokens)
         origin = msgspec.structs.replace(manifest.origin, provenance=member.provenance)
-        page = seal(form, origin, record.span, keys, sums, payload)
+        page = seal(form, origin, record.span, self._keys, sums, payload)
         verify_sums(page.header, member.plane_sums)
         return page
 

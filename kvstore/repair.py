@@ -27,27 +27,41 @@ from ringspan.kvstore.parity import (
     covered_pages,
     parity_path,
     parity_rows,
+    stripe_widths,
     stripes,
     write_parity,
     write_parity_rows,
 )
 from ringspan.kvstore.planes import payload_sums
-from ringspan.kvstore.segment import SegmentWriter, store_error
+from ringspan.kvstore.repair_plan import (
+    RECOMPUTE,
+    Choice,
+    LostRange,
+    RepairRates,
+    joined,
+    plan_repairs,
+)
+from ringspan.kvstore.segment import SegmentWriter, read_frame, store_error
+from ringspan.kvstore.tiers.base import page_id
 from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
 from ringspan.kvstore.tiers.disk import DISK
 from ringspan.kvstore.tiers.placement import (
     TierName,
     context_supply,
+    open_tier,
     read_placement,
     write_placement,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from ringspan.cluster.messages import PageRecord
+    from ringspan.kvstore.audit import VerifyReport
     from ringspan.kvstore.folder import Store
+    from ringspan.kvstore.supply import Supply
+    from ringspan.types import Span
 
 
 class Mended(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,34 +118,133 @@ def mend_stored(
     manifest: Manifest,
     damaged: Sequence[PageRecord],
     counters: StoreCounters = COUNTERS,
+    *,
+    roads: Mapping[str, str] | None = None,
+    tiers: Mapping[str, Sequence[TierName]] | None = None,
 ) -> Mended:
-    """Writes the pages `damaged` anew from wherever they can be had, verified, and republishes.
+    """Writes damaged pages anew, from wherever they can be had, verified; republishes the context
+    where its own segments changed.
 
+    roads: by key, the road to try first (`repair_plan`), or `RECOMPUTE` to leave a page to that.
+    tiers: by key, whose copies are damaged; of a page that is not named, the one on the disk.
     Raises `StoreError` where nothing can be written; the context is then as it was.
     """
-    folder, form = store.folder(manifest), manifest.form
+    roads, tiers = roads or {}, tiers or {}
     lost: list[PageRecord] = []
-    roads: dict[str, int] = {}
+    used: dict[str, int] = {}
+    loose: dict[TierName, list[Page]] = {}
     with (
         context_supply(store.root, manifest, damaged, counters) as supply,
-        PageWriter(folder, f"r{secrets.token_hex(4)}") as writer,
+        PageWriter(store.folder(manifest), f"r{secrets.token_hex(4)}") as writer,
     ):
         for record in damaged:
-            room = memoryview(bytearray(aligned(record.payload_bytes)))
-            try:
-                had = supply.page(record, room)
-                payload = room[: record.payload_bytes]
-                sums = payload_sums(payload, form.specs, form.num_layers, record.span.tokens)
-                verify_sums(had.header, sums)
-            except (CorruptPage, StoreError):
+            had = None
+            if roads.get(record.key) != RECOMPUTE:
+                had = _had(supply, record, roads.get(record.key))
+            if had is None:
                 lost.append(record)
                 continue
-            writer.append(record, Page(had.header, payload))
-            road = supply.road(had.road)
-            roads[road] = roads.get(road, 0) + 1
+            page, road = had
+            used[road] = used.get(road, 0) + 1
+            for tier in tiers.get(record.key, (TierName(DISK),)):
+                if tier.kind == DISK:
+                    writer.append(record, page)
+                else:
+                    loose.setdefault(tier, []).append(page)
+    for tier, pages in loose.items():
+        _replace_in(tier, pages)
     if writer.records:
         manifest = republish(store, manifest, writer.records)
-    return Mended(manifest=manifest, roads=roads, lost=tuple(lost))
+    return Mended(manifest=manifest, roads=used, lost=tuple(lost))
+
+
+def choose_roads(
+    store: Store,
+    manifest: Manifest,
+    report: VerifyReport,
+    flops: Callable[[Span], float] = lambda span: 0.0,
+    flops_s: float | None = None,
+) -> tuple[tuple[Choice, ...], dict[str, str]]:
+    """What is best done about the pages that a report names, range by range; the roads by key.
+
+    Reading is taken to be as fast as it was for the report. flops, flops_s: see `plan_repairs`.
+    """
+    folder = store.folder(manifest)
+    bad: dict[str, set[TierName]] = {}
+    for page in report.bad_pages:
+        bad.setdefault(page.key, set()).add(page.tier)
+    records = [record for record in manifest.pages if record.key in bad]
+    if not records:
+        return (), {}
+    names = read_placement(folder).tiers
+    widths = stripe_widths(folder, manifest.pages, bad)
+    lost = joined(
+        [
+            LostRange(
+                record.span,
+                record.payload_bytes,
+                tuple(name.kind for name in names if name not in bad[record.key]),
+                widths.get(record.key, 0),
+            )
+            for record in records
+        ]
+    )
+    read_bytes = report.payload_bytes * len(names)
+    rates = RepairRates(max(1.0, read_bytes / max(report.elapsed_s, 1e-9)), flops_s=flops_s)
+    gone = sum(record.payload_bytes for record in records)
+    choices = plan_repairs(lost, rates, flops, manifest.payload_bytes - gone)
+    roads = {
+        record.key: choice.road
+        for choice in choices
+        for record in records
+        if choice.span.start <= record.span.start < choice.span.stop
+    }
+    return choices, roads
+
+
+def _had(supply: Supply, record: PageRecord, road: str | None) -> tuple[Page, str] | None:
+    """The page, verified in full, and its road: the one wanted, if it has it."""
+    form = supply.manifest.form
+    room = memoryview(bytearray(aligned(record.payload_bytes)))
+    firsts = (supply.roads.index(road), 0) if road in supply.roads else (0,)
+    for first in firsts:
+        try:
+            had = supply.page(record, room, first)
+            payload = room[: record.payload_bytes]
+            sums = payload_sums(payload, form.specs, form.num_layers, record.span.tokens)
+            verify_sums(had.header, sums)
+        except (CorruptPage, StoreError):
+            continue
+        return Page(had.header, payload), supply.road(had.road)
+    return None
+
+
+def _replace_in(name: TierName, pages: Sequence[Page]) -> None:
+    """In a tier that holds pages by key."""
+    tier = open_tier(name)
+    try:
+        tier.delete([page_id(page.header) for page in pages])
+        tier.put(pages)
+    finally:
+        tier.close()
+
+
+def adopt(store: Store, manifest: Manifest, records: Sequence[PageRecord]) -> Manifest:
+    """Pages that were computed again and lie in the context's folder become its pages, in all its
+    tiers; where `disk` is none of them the folder keeps none. Raises as `republish` does."""
+    folder = store.folder(manifest)
+    before = read_placement(folder)
+    mended = republish(store, manifest, records)
+    loose = [name for name in before.tiers if name.kind != DISK]
+    if loose:
+        pages = [read_frame(folder / record.segment, record) for record in records]
+        for name in loose:
+            _replace_in(name, pages)
+    if len(loose) == len(before.tiers):
+        write_placement(folder, before)
+        for segment in {record.segment for record in records}:
+            (folder / segment).unlink(missing_ok=True)
+    return mended
 
 
 def republish(store: Store, manifest: Manifest, records: Sequence[PageRecord]) -> Manifest:

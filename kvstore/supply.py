@@ -86,6 +86,11 @@ class Supply:
         """Bytes of the payload from `first` on by this road, not verified."""
         self._readers[road].payload(record, room, first)
 
+    @property
+    def roads(self) -> tuple[str, ...]:
+        """In the order in which they are asked."""
+        return tuple(reader.road for reader in self._readers)
+
     def road(self, index: int) -> str:
         return self._readers[index].road
 

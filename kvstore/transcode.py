@@ -15,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -29,17 +30,16 @@ from ringspan.kvstore.frame import aligned
 from ringspan.kvstore.page import Page, page_form, payload_digest, verify_sums
 from ringspan.kvstore.planes import bytes_tensor, payload_sums
 from ringspan.kvstore.shard import ContextShard
+from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
 from ringspan.kvstore.tiers.placement import context_supply
 from ringspan.kvstore.transfer import load_shard, reserved_layers
 from ringspan.types import coalesce
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ringspan.attention.kv import TensorSpec
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.manifest import Manifest
-    from ringspan.kvstore.page import Origin, PageForm
+    from ringspan.kvstore.page import Origin, PageForm, PageHeader
 
 WORKERS = min(8, os.cpu_count() or 1)
 """Threads that read, verify and recode whole pages."""
@@ -88,42 +88,68 @@ def recoded_form(form: PageForm, codec_name: str, what: str = "the context") -> 
 
 def recoded_origin(origin: Origin, form: PageForm) -> Origin:
     """The origin of pages made from pages of `form`."""
-    if codec(form.codec).exact:
-        return origin
+    return origin if codec(form.codec).exact else _passed(origin, form.codec)
+
+
+def _passed(origin: Origin, codec_name: str) -> Origin:
+    """The KV went through this lossy codec."""
     known = tuple(entry for entry in origin.provenance if entry != "exact")
-    return msgspec.structs.replace(origin, provenance=(*known, decoded_from(form.codec)))
+    return msgspec.structs.replace(origin, provenance=(*known, decoded_from(codec_name)))
+
+
+def _raw_form(form: PageForm) -> PageForm:
+    sizes = (form.num_layers, form.num_kv_heads, form.head_dim)
+    return page_form(codec("raw"), *sizes, dtype_of(form.dtype), form.page_tokens)
 
 
 class Recoder:
     """Pages of one context to another codec. Any number of threads may call it."""
 
     def __init__(
-        self, manifest: Manifest, codec_name: str, device: torch.device | str = "cpu"
+        self,
+        manifest: Manifest,
+        codec_name: str,
+        device: torch.device | str = "cpu",
+        *,
+        through: str = "",
     ) -> None:
-        """Raises as `recoded_form` does."""
-        self.form = recoded_form(manifest.form, codec_name, f"context {manifest.context_id}")
+        """Raises as `recoded_form` does.
+
+        through: a lossy archive codec that the pages go through next. That takes them in codec raw
+        whatever they are stored in, since their provenance names it.
+        """
         self.origin = recoded_origin(manifest.origin, manifest.form)
         self._device = torch.device(device)
+        if through:
+            self.form = _raw_form(manifest.form)
+            self.origin = _passed(self.origin, through)
+        else:
+            self.form = recoded_form(manifest.form, codec_name, f"context {manifest.context_id}")
 
     def __call__(self, page: Page) -> Page:
         """A verified page of the context -> the same page in the new form, sealed."""
         header, form = page.header, self.form
-        tokens = header.span.tokens
+        new = msgspec.structs.replace(header, form=form, origin=self.origin)
+        if form == header.form:
+            return Page(new, page.payload)
         k, v = decoded(page, self._device)
-        payload = encoded(form, k, v, tokens)
-        data = memoryview(payload.cpu().numpy())
-        sums = payload_sums(data, form.specs, form.num_layers, tokens)
-        return Page(
-            msgspec.structs.replace(
-                header,
-                form=form,
-                origin=self.origin,
-                plane_sums=tuple(sums),
-                payload_bytes=data.nbytes,
-                xxh3=payload_digest(data),
-            ),
-            data,
-        )
+        payload = encoded(form, k, v, header.span.tokens)
+        return resealed(new, memoryview(payload.cpu().numpy()))
+
+
+def resealed(header: PageHeader, payload: memoryview) -> Page:
+    """A page of other bytes: the header with the sums of these."""
+    form = header.form
+    sums = payload_sums(payload, form.specs, form.num_layers, header.span.tokens)
+    return Page(
+        msgspec.structs.replace(
+            header,
+            plane_sums=tuple(sums),
+            payload_bytes=payload.nbytes,
+            xxh3=payload_digest(payload),
+        ),
+        payload,
+    )
 
 
 def decoded(page: Page, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,7 +250,11 @@ def in_order(work: Callable[[_T], _R], items: Iterable[_T], workers: int = WORKE
 
 
 def load_recoded(
-    root: Path | str, manifest: Manifest, records: Sequence[PageRecord], shard: ContextShard
+    root: Path | str,
+    manifest: Manifest,
+    records: Sequence[PageRecord],
+    shard: ContextShard,
+    counters: StoreCounters = COUNTERS,
 ) -> None:
     """Pages of a stored context behind what the shard holds, in the shard's codec.
 
@@ -240,40 +270,47 @@ def load_recoded(
     try:
         row = before
         for group in _groups(records, manifest.form):
-            row += _load_group(root, manifest, group, shard, row)
+            source = _loaded(root, manifest, group, shard, counters)
+            _recode_into(shard, row, source)
+            row += source.num_tokens
     except BaseException:
         shard.cancel()
         raise
     shard.mark_filled()
 
 
-def _load_group(
+def _loaded(
     root: Path | str,
     manifest: Manifest,
     records: Sequence[PageRecord],
-    shard: ContextShard,
-    row: int,
-) -> int:
-    """Rows filled, from `row` on."""
+    beside: ContextShard,
+    counters: StoreCounters,
+) -> ContextShard:
+    """These pages as they are stored, verified, on the device of the shard they are meant for."""
     form = manifest.form
-    tokens = sum(record.span.tokens for record in records)
     source = ContextShard(
         codec(form.codec),
         form.num_layers,
         form.num_kv_heads,
         form.head_dim,
-        shard.dtype,
-        shard.device,
-        tokens,
+        beside.dtype,
+        beside.device,
+        sum(record.span.tokens for record in records),
         form.page_tokens,
     )
-    load_shard(root, manifest, records, source)
-    shape = (2, tokens, form.num_kv_heads, form.head_dim)
+    supply = context_supply(Path(root).expanduser().absolute(), manifest, records, counters)
+    load_shard(root, manifest, records, source, supply=supply)
+    return source
+
+
+def _recode_into(shard: ContextShard, row: int, source: ContextShard) -> None:
+    """All that `source` holds to the shard's reserved rows from `row` on, layer by layer."""
+    tokens = source.num_tokens
+    shape = (2, tokens, shard.num_kv_heads, shard.head_dim)
     k, v = torch.empty(shape, dtype=shard.dtype, device=shard.device)
     for layer, held in enumerate(reserved_layers(shard)):
         source.codec.decode(source.tensors(layer), k, v)
         shard.codec.encode(k, v, cut_units(held, shard.specs, row, row + tokens))
-    return tokens
 
 
 def _groups(records: Sequence[PageRecord], form: PageForm) -> Iterator[Sequence[PageRecord]]:

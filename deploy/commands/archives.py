@@ -27,6 +27,10 @@ Recoded = Annotated[
 Cold = Annotated[
     bool, typer.Option("--cold", help="Pack pages for the archive, bit for bit (zstd by planes).")
 ]
+Lossy = Annotated[
+    bool,
+    typer.Option("--cachegen", help="Pack pages in fewer bits than int4 has; lossy, as it says."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -36,15 +40,20 @@ def export(
     store: Store = DEFAULT_STORE,
     codec: Recoded = None,
     cold: Cold = False,
+    cachegen: Lossy = False,
     force: Force = False,
     device: Device = "cpu",
 ) -> None:
     """Write a context to one file that holds all of it, every page verified."""
     from ringspan.kvstore.archive import FRAMES
+    from ringspan.kvstore.codecs import cachegen as cachegen_codec
     from ringspan.kvstore.codecs import cold as cold_codec
     from ringspan.kvstore.export import export_context
 
+    if cold and cachegen:
+        raise BadInput("--cold and --cachegen: a file's pages are packed one way, name one")
     folder = _folder(store)
+    stored = cold_codec.NAME if cold else cachegen_codec.NAME if cachegen else FRAMES
     began = time.perf_counter()
     with _progress("export") as progress:
         done = export_context(
@@ -52,7 +61,7 @@ def export(
             context,
             file,
             codec_name=codec or "",
-            stored=cold_codec.NAME if cold else FRAMES,
+            stored=stored,
             replace=force,
             device=_device(device),
             progress=progress,

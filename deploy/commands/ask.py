@@ -25,6 +25,7 @@ from ringspan.errors import BadInput
 
 if TYPE_CHECKING:
     from ringspan.cluster.controller import Controller
+    from ringspan.cluster.session import ContextHandle
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 Questions = Annotated[
@@ -95,6 +96,7 @@ def ask(
         controller = Controller(gang, folder)
         with record.phase("open"):
             handle = controller.open(manifest.context_id)
+        _say_roads(handle)
         sampling = Sampling(max_tokens, temperature, top_p, seed)
         if together and not chat and len(given) > 1:
             record.answers += _together(controller, voice, given, handle.context_id, sampling)
@@ -111,6 +113,24 @@ def ask(
             if not chat:
                 controller.end_session(session)
                 session = None
+
+
+def _say_roads(handle: ContextHandle) -> None:
+    """What became of pages that were not whole where they lie; for the person, not for a pipe."""
+    repaired = sum(handle.pages.get("repaired", {}).values())
+    if not repaired and not handle.recomputed:
+        return
+    counts = "; ".join(
+        f"{kind} {', '.join(f'{pages} by {road}' for road, pages in roads.items())}"
+        for kind, roads in handle.pages.items()
+    )
+    print(
+        f"context {handle.context_id} had damaged pages: {counts}; {handle.recomputed} computed "
+        f"again before it was opened"
+        + (f"; mend it in place: ringspan contexts repair {handle.context_id}" if repaired else ""),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class Sampling(NamedTuple):

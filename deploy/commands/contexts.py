@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from ringspan.deploy.commands import archives
+from ringspan.deploy.commands import archives, repairs
 from ringspan.deploy.commands.options import DEFAULT_STORE, Store
-from ringspan.deploy.progress import Meter, bytes_words, meter
+from ringspan.deploy.progress import bytes_words, meter
 from ringspan.errors import BadInput, CorruptPage, StoreError
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ app = typer.Typer(
 app.command("export")(archives.export)
 app.command("import")(archives.import_)
 app.command("recode")(archives.recode)
+app.command("verify")(repairs.verify)
+app.command("repair")(repairs.repair)
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -83,38 +84,6 @@ def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False
     }
     for name, value in rows.items():
         print(f"{name:13} {value}")
-
-
-@app.command()
-def verify(context: Context, store: Store = DEFAULT_STORE) -> None:
-    """Read every copy of every page of a context, in all its tiers, and check it. Status 1 if any
-    is corrupt; nothing is changed."""
-    from ringspan.kvstore.audit import verify as audit
-    from ringspan.kvstore.folder import Store as StoreFolder
-
-    folder = StoreFolder(existing(store))
-    name = folder.find(context)
-    with contextlib.ExitStack() as phases:
-        meters: list[Meter] = []
-
-        def progress(done: int, pages: int) -> None:
-            if not meters:  # how many pages there are is known with the first
-                meters.append(phases.enter_context(meter("verify", pages, "pages")))
-            meters[0].update(done)
-
-        report = audit(folder.root / "contexts" / name, progress)
-    if not report.ok:
-        for problem in (*report.problems, *(page.what for page in report.bad_pages)):
-            print(problem)
-        raise CorruptPage(
-            f"context {name}: {len(report.bad_pages)} of {report.num_pages} pages are corrupt,"
-            f" {len(report.problems)} problems with its manifest or tokens;"
-            " remove it (ringspan contexts rm) and prefill again"
-        )
-    print(
-        f"context {name}: {report.num_pages:,} pages, {bytes_words(report.payload_bytes)},"
-        f" all whole, read in {report.elapsed_s:.1f} s"
-    )
 
 
 @app.command()

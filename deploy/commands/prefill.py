@@ -81,6 +81,14 @@ Measure = Annotated[
         help="Measure speeds at the start (seconds, once a machine) and plan by them; GPUs do.",
     ),
 ]
+Parity = Annotated[
+    int,
+    typer.Option(
+        "--parity",
+        help="Pages of parity to a stripe of pages, one of each rank: lost pages come back from "
+        "the others; 0, 1 or 2.",
+    ),
+]
 Title = Annotated[str, typer.Option("--title", help="What `contexts list` calls it.")]
 
 
@@ -108,6 +116,7 @@ def prefill(
     deterministic: Deterministic = False,
     audit_rows: AuditRows = 4,
     measure: Measure = None,
+    parity: Parity = 0,
     title: Title = "",
     local: options.Local = False,
     timeout: options.Timeout = 60.0,
@@ -127,7 +136,7 @@ def prefill(
     )
     with recording(json, asked) as record:
         with record.phase("read"):
-            _check_numbers(limit_tokens, chunk_tokens, audit_rows)
+            _check_numbers(limit_tokens, chunk_tokens, audit_rows, parity)
             check_store_folder(store)
             inputs = gather(input_, pattern or [])
         _say(f"read {inputs.describe()}")
@@ -156,6 +165,7 @@ def prefill(
                 chunk_tokens=chunk_tokens,
                 deterministic=deterministic,
                 audit_rows=audit_rows,
+                parity=parity,
             ),
             description=Description(
                 title=title,
@@ -260,7 +270,11 @@ def _say_reused(plan: PrefillPlan) -> None:
         _say(f"computed what a stored context begins with too: {plan.not_reused}")
 
 
-def _check_numbers(limit_tokens: int | None, chunk_tokens: int | None, audit_rows: int) -> None:
+def _check_numbers(
+    limit_tokens: int | None, chunk_tokens: int | None, audit_rows: int, parity: int
+) -> None:
+    if not 0 <= parity <= 2:
+        raise BadInput(f"--parity {parity}: wanted 0, 1 or 2 pages of parity to a stripe")
     if audit_rows < 0:
         raise BadInput(f"--audit-rows {audit_rows}: wanted rows of each rank, or 0 for none")
     if limit_tokens is not None and limit_tokens < 1:

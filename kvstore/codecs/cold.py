@@ -45,9 +45,7 @@ def pack(form: PageForm, tokens: int, payload: memoryview) -> bytes:
     found: list[bytes | memoryview] = []
     for spec, part in _parts(form, tokens, payload):
         for plane in _planes(part, spec, form.num_layers):
-            small = compressor.compress(plane.data)
-            kept = small if len(small) < plane.nbytes else plane.data
-            found += (_SIZE.pack(len(kept)), kept)
+            found += small_plane(plane, compressor)
     return b"".join(found)
 
 
@@ -59,7 +57,7 @@ def unpack(form: PageForm, tokens: int, stored: memoryview) -> memoryview:
         words = _WORDS[spec.dtype.itemsize]
         planes = np.empty((part.size // spec.dtype.itemsize, spec.dtype.itemsize), np.uint8)
         for b in range(spec.dtype.itemsize):
-            plane, at = _next(stored, at, len(planes), f"plane {b} of {spec.name}")
+            plane, at = next_plane(stored, at, len(planes), f"plane {b} of {spec.name}")
             planes[:, b] = plane
         units = part.size // spec.unit_bytes // form.num_layers
         bits = planes.view(words).reshape(form.num_layers, math.prod(spec.shape), units)
@@ -72,8 +70,18 @@ def unpack(form: PageForm, tokens: int, stored: memoryview) -> memoryview:
     return payload
 
 
-def _next(stored: memoryview, at: int, size: int, what: str) -> tuple[np.ndarray, int]:
-    """A plane of `size` bytes that begins at `at`; where the next one does."""
+def small_plane(
+    plane: np.ndarray, compressor: zstandard.ZstdCompressor
+) -> tuple[bytes, bytes | memoryview]:
+    """uint8 [n] as it is stored: its size, and its bytes or fewer."""
+    small = compressor.compress(plane.data)
+    kept = small if len(small) < plane.nbytes else plane.data
+    return _SIZE.pack(len(kept)), kept
+
+
+def next_plane(stored: memoryview, at: int, size: int, what: str) -> tuple[np.ndarray, int]:
+    """A plane of `size` bytes that begins at `at`; where the next one does. Raises `CorruptPage`
+    before anything larger is made."""
     head = stored[at : at + _SIZE.size]
     (kept,) = _SIZE.unpack(head) if head.nbytes == _SIZE.size else (0,)
     at += head.nbytes

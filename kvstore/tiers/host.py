@@ -1,8 +1,10 @@
 """Tier `host`: frames in shared memory of the node, kept by a process that outlives the ranks.
 
-A rank asks for slots, copies frames into them and says so; only then are they visible. A rank that
+A rank asks for slots, writes frames into them and says so; only then are they visible. A rank that
 dies before leaves nothing (`host_server`). Reading leases the pages, so that nobody deletes them
-meanwhile, and copies straight out of the mapped slabs.
+meanwhile, and copies straight out of the mapped slabs. Frames go in by `pwritev`, not through the
+map: into memory that nobody has touched yet it is several times faster, since no page is cleared
+first and none faults.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import mmap
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ringspan.errors import CorruptPage, StoreError
-from ringspan.kvstore.frame import aligned, decode_head, encode_head
+from ringspan.kvstore.frame import ALIGN, aligned, decode_head, encode_head
 from ringspan.kvstore.tiers import host_wire as wire
 from ringspan.kvstore.tiers.base import PageId, PageMissing, TierStat, page_id
 
@@ -35,6 +38,11 @@ PUT_BYTES = 256 << 20
 """Of frames that are reserved at once: what a full store refuses in one piece."""
 TIMEOUT_S = 30.0
 """For one reply."""
+WRITERS = min(4, os.cpu_count() or 1)
+"""Threads that copy frames; one does about 5 GB/s."""
+_ZEROS = bytes(ALIGN)
+_MADV_POPULATE_READ = 22
+"""Linux 5.14: maps the pages of a range at once, where reading them would fault for each."""
 
 
 class HostTier:
@@ -48,7 +56,7 @@ class HostTier:
     def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
         self._folder, self._timeout_s = folder, timeout_s
         self._connection: socket.socket | None = None
-        self._slabs: dict[str, mmap.mmap] = {}
+        self._slabs: dict[str, _Slab] = {}
         self._lock = threading.Lock()
 
     def put(self, pages: Iterable[Page]) -> None:
@@ -74,19 +82,35 @@ class HostTier:
                 ),
             )
         )
-        for place, head, page in zip(reply.places, heads, pages, strict=True):
-            if place is not None:
-                self._write(place, head, page)
-        taken = tuple(place for place in reply.places if place is not None)
-        if taken:
-            self._ask(wire.Publish(places=taken), wire.Done)
+        jobs = [
+            (place, head, page)
+            for place, head, page in zip(reply.places, heads, pages, strict=True)
+            if place is not None
+        ]
+        with ThreadPoolExecutor(WRITERS, "host-put") as pool:
+            for written in [pool.submit(self._write, *job) for job in jobs]:
+                written.result()
+        if jobs:
+            self._ask(wire.Publish(places=tuple(place for place, _, _ in jobs)), wire.Done)
 
     def _write(self, place: wire.Place, head: bytes, page: Page) -> None:
-        room = self._frame(place)
-        body, size = len(head), page.payload.nbytes
-        room[:body] = np.frombuffer(head, np.uint8)
-        np.copyto(room[body : body + size], np.frombuffer(page.payload, np.uint8))
-        room[body + size :] = 0
+        slab = self._slab(place)
+        zeros = memoryview(_ZEROS)[: aligned(page.payload.nbytes) - page.payload.nbytes]
+        parts = [memoryview(head), page.payload.cast("B"), zeros]
+        offset, end = place.offset, place.offset + place.frame_bytes
+        try:
+            while offset < end:
+                done = os.pwritev(slab.fd, parts, offset)
+                offset += done
+                while parts and done >= parts[0].nbytes:
+                    done -= parts.pop(0).nbytes
+                if done:
+                    parts[0] = parts[0][done:]
+        except OSError as error:
+            raise StoreError(
+                f"host store {self._folder}: cannot write to slab {place.slab} "
+                f"({os.strerror(error.errno or 0)})"
+            ) from None
 
     def reading(self, form: str, records: Sequence[PageRecord]) -> HostReader:
         wanted = tuple(PageId(record.key, form) for record in records)
@@ -126,34 +150,34 @@ class HostTier:
 
     def _frame(self, place: wire.Place) -> np.ndarray:
         """uint8 [frame bytes], the slot itself. Raises `PageMissing` where the slab is gone."""
+        slab = self._slab(place)
+        slab.populate(place)
+        return np.frombuffer(slab.map, np.uint8, place.frame_bytes, place.offset)
+
+    def _slab(self, place: wire.Place) -> _Slab:
         with self._lock:
             if place.slab not in self._slabs:
-                self._slabs[place.slab] = self._map(place.slab)
+                self._slabs[place.slab] = self._open(place.slab)
             slab = self._slabs[place.slab]
-        if place.offset + place.frame_bytes > len(slab):
+        if place.offset + place.frame_bytes > len(slab.map):
             raise CorruptPage(f"host store {self._folder}: {place} lies outside its slab")
-        return np.frombuffer(slab, np.uint8, place.frame_bytes, place.offset)
+        return slab
 
-    def _map(self, name: str) -> mmap.mmap:
+    def _open(self, name: str) -> _Slab:
         if "/" in name or not name.startswith("slab-"):
             raise StoreError(f"host store {self._folder}: {name!r} is no slab")
         try:
-            fd = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC)
+            return _Slab(self._folder / name)
         except OSError as error:
             raise PageMissing(
                 f"host store {self._folder}: slab {name} cannot be mapped "
                 f"({os.strerror(error.errno or 0)})"
             ) from None
-        try:
-            return mmap.mmap(fd, 0)
-        finally:
-            os.close(fd)
 
     def _unmap(self, name: str) -> None:
         slab = self._slabs.pop(name, None)
         if slab is not None:
-            with contextlib.suppress(BufferError):  # a reader still has it: goes with the reader
-                slab.close()
+            slab.close()
 
     # the connection
 
@@ -211,6 +235,34 @@ class HostTier:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+class _Slab:
+    """A slab file, open and mapped. Raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.map = mmap.mmap(self.fd, 0)
+        self._populated: set[int] = set()
+        """Offsets of slots that this process has mapped already."""
+
+    def populate(self, place: wire.Place) -> None:
+        if place.offset in self._populated:
+            return
+        self._populated.add(place.offset)
+        size = aligned(place.frame_bytes)
+        if place.offset % ALIGN == 0 and place.offset + size <= len(self.map):
+            with contextlib.suppress(OSError):  # an older kernel: it faults page by page
+                self.map.madvise(_MADV_POPULATE_READ, place.offset, size)
+
+    def close(self) -> None:
+        with contextlib.suppress(BufferError):  # a reader still has it: goes with the reader
+            self.map.close()
+
+    def __del__(self) -> None:
+        if self.fd >= 0:  # not before: a thread that writes must not meet another file
+            os.close(self.fd)
 
 
 class HostReader:

@@ -247,7 +247,7 @@ def test_what_is_ended_and_dropped_gives_its_memory_back():
         )
         generate(world, ranks, request)
     pool = ranks[0].contexts._runtime.pool
-    assert sorted(name.split()[0] for name in pool.shards) == ["context", "tail", "tail"]
+    assert sorted(name.split()[0] for name in pool.shards) == ["context", "tails", "tails"]
     world.run([lambda r=r: r.end_session("a") for r in ranks])
     assert len(pool.shards) == 2
     world.run([lambda r=r: r.drop("c") for r in ranks])

@@ -10,11 +10,15 @@ import pytest
 
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.local_gang import LocalGang
-from ringspan.cluster.mending import recompute_lost
+from ringspan.cluster.mending import deep_verify, recompute_lost
 from ringspan.cluster.messages import GangSpec, ModelSpec
 from ringspan.cluster.planner import PrefillOptions
+from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore.folder import Store
-from ringspan.kvstore.page import RECOMPUTED
+from ringspan.kvstore.page import RECOMPUTED, seal
+from ringspan.kvstore.parity import check_parity
+from ringspan.kvstore.planes import payload_sums
+from ringspan.kvstore.repair import PageWriter, republish
 from ringspan.kvstore.segment import read_frame
 
 TINY = ModelSpec(name="random:tiny", seed=5, dtype="float32")
@@ -89,3 +93,131 @@ def test_lost_pages_are_computed_again(store, saved, opened, lost):
     name = controller.open(manifest.context_id).context_id
     assert answer(controller, name) == said
     controller.drop(name)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "int4"])
+def test_opening_computes_what_is_lost_again(store, codec):
+    manifest, said = prefilled(store, 2, codec)
+    for index in (2, 8):
+        flip(store, manifest, index)
+    controller = Controller(gang_of(2), store)
+    handle = controller.open(manifest.context_id)
+    assert handle.recomputed == 2
+    assert handle.fidelity == manifest.fidelity
+    assert handle.pages["verified"] == {"disk": 9}
+    heard = answer(controller, handle.context_id)
+    assert len(heard) == 8
+    assert codec != "raw" or heard == said
+    controller.drop(handle.context_id)
+    again = controller.open(manifest.context_id)
+    assert again.recomputed == 0
+    controller.drop(manifest.context_id)
+
+
+def test_a_rank_whose_segments_are_gone_is_computed_again(store):
+    manifest, said = prefilled(store, 3)
+    (store.folder(manifest) / "rank-1.seg").unlink()
+    controller = Controller(gang_of(2), store)
+    handle = controller.open(manifest.context_id)
+    assert handle.recomputed == sum(page.segment == "rank-1.seg" for page in manifest.pages)
+    assert answer(controller, handle.context_id) == said
+    controller.drop(handle.context_id)
+
+
+def test_without_tokens_what_is_lost_is_an_error_and_nothing_changes(store):
+    manifest, _ = prefilled(store, 2)
+    flip(store, manifest, 3)
+    (store.folder(manifest) / "tokens.npy").unlink()
+    controller = Controller(gang_of(2), store)
+    with pytest.raises((CorruptPage, StoreError), match=r"tokens\.npy"):
+        controller.open(manifest.context_id)
+    assert store.manifest(manifest.context_id) == manifest
+    assert not gang_of(2).lost
+
+
+def test_another_model_computes_nothing(store):
+    manifest, _ = prefilled(store, 2)
+    flip(store, manifest, 3)
+    spec = GangSpec(
+        world_size=1, model=ModelSpec(name="random:tiny", seed=6, dtype="float32"), device="cpu"
+    )
+    with LocalGang(spec).start() as other, pytest.raises(BadInput, match="was made with"):
+        recompute_lost(other, store, manifest)
+    assert store.manifest(manifest.context_id) == manifest
+
+
+def with_parity(store: Store, ranks: int):
+    controller = Controller(gang_of(ranks), store)
+    done = controller.prefill(TOKENS, PrefillOptions(chunk_tokens=512, parity=1))
+    said = answer(controller, done.context_id)
+    controller.drop(done.context_id)
+    return store.manifest(done.context_id), said
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_prefill_with_parity_brings_pages_back_without_computing(store, ranks):
+    manifest, said = with_parity(store, ranks)
+    flip(store, manifest, 1)
+    controller = Controller(gang_of(2), store)
+    handle = controller.open(manifest.context_id)
+    assert handle.recomputed == 0
+    assert handle.pages["repaired"] == {"parity": 1}
+    assert answer(controller, handle.context_id) == said
+    controller.drop(handle.context_id)
+
+
+def test_a_member_and_its_parity_lost_is_computed_again_and_has_parity_then(store):
+    manifest, said = with_parity(store, 3)
+    flip(store, manifest, 1)
+    for path in store.folder(manifest).glob("*.par"):
+        path.unlink()
+    controller = Controller(gang_of(2), store)
+    handle = controller.open(manifest.context_id)
+    assert handle.recomputed == 1
+    assert answer(controller, handle.context_id) == said
+    controller.drop(handle.context_id)
+    mended = store.manifest(manifest.context_id)
+    assert check_parity(store.folder(mended), mended.pages) == []
+    flip(store, mended, 1)  # the recomputed page itself
+    handle = controller.open(manifest.context_id)
+    assert (handle.recomputed, handle.pages["repaired"]) == (0, {"parity": 1})
+    controller.drop(handle.context_id)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "fp8", "int4"])
+def test_deep_verify_passes_what_was_prefilled(store, codec):
+    manifest, _ = prefilled(store, 2, codec)
+    report = deep_verify(gang_of(2), store, manifest, sample=3)
+    assert len(report.pages) == 3
+    assert not report.bad, report
+    if codec == "raw":
+        assert max(report.worst(page).error for page in report.pages) < 1e-5
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "int4"])
+def test_deep_verify_sees_pages_that_are_whole_and_wrong(store, codec):
+    """Every sum is right: the page was sealed so, of other tokens' KV."""
+    manifest, _ = prefilled(store, 2, codec)
+    forged = forge(store, manifest, 3, 5)
+    assert store.verify(forged.context_id).ok
+    report = deep_verify(gang_of(2), store, forged, sample=9)
+    assert PAGE * 3 in [page.span.start for page in report.bad]
+
+
+def forge(store: Store, manifest, index: int, other: int):
+    """Page `index` of the context sealed anew with the payload of page `other`."""
+    folder = store.folder(manifest)
+    payload = read_frame(folder / manifest.pages[other].segment, manifest.pages[other]).payload
+    record, form = manifest.pages[index], manifest.form
+    sums = payload_sums(payload, form.specs, form.num_layers, PAGE)
+    page = seal(form, manifest.origin, record.span, manifest.keys, sums, payload)
+    with PageWriter(folder, "forged") as writer:
+        writer.append(record, page)
+    return republish(store, manifest, writer.records)
+
+
+def test_deep_verify_of_a_damaged_context_says_to_repair_it(store):
+    manifest, _ = prefilled(store, 2)
+    flip(store, manifest, 3)
+    with pytest.raises(CorruptPage, match="contexts repair"):
+        deep_verify(gang_of(2), store, manifest, sample=9)

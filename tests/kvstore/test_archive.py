@@ -10,7 +10,7 @@ import torch
 from ringspan.errors import BadInput, CorruptPage, StoreError, UnknownName
 from ringspan.kvstore import archive, importing
 from ringspan.kvstore.archive import ArchiveReader, ArchiveWriter, BadArchive
-from ringspan.kvstore.codecs import cold
+from ringspan.kvstore.codecs import cachegen, cold
 from ringspan.kvstore.export import export_context
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.importing import import_context
@@ -65,6 +65,26 @@ def test_a_cold_file_holds_the_same_bits_of_any_dtype_in_fewer_bytes(tmp_path, d
     assert sizes[1] < 0.95 * sizes[0]
     manifest = import_context(Store(tmp_path / "b"), tmp_path / cold.NAME)
     assert facts(manifest) == facts(made.manifest)
+
+
+@pytest.mark.parametrize("name", ["raw", "int8"])
+def test_a_lossy_file_says_so_and_comes_back_in_any_codec_below(tmp_path, name):
+    made = make_context(tmp_path / "a", 300, 2, name, page_tokens=128, dtype=torch.bfloat16)
+    file = tmp_path / "c.rsctx"
+    done = export_context(made.store, made.manifest.context_id, file, stored=cachegen.NAME)
+    assert done.file_bytes < done.payload_bytes / 3
+    back = Store(tmp_path / "b")
+    manifest = import_context(back, file)
+    assert (manifest.context_id, manifest.keys) == (made.manifest.context_id, made.manifest.keys)
+    assert back.verify(manifest.context_id).ok
+    assert not manifest.exact
+    assert manifest.origin.provenance[-1] == "decoded from cachegen pages"
+    assert ("decoded from int8 pages" in manifest.origin.provenance) == (name == "int8")
+    assert import_context(Store(tmp_path / "d"), file, codec_name="int4").codec == "int4"
+    with pytest.raises(BadInput, match="stored as cachegen, which is lossy"):
+        export_context(
+            made.store, made.manifest.context_id, file, codec_name="int4", stored="cachegen"
+        )
 
 
 def test_how_many_ranks_wrote_a_context_does_not_show_in_its_pages(tmp_path):
@@ -156,7 +176,9 @@ def test_no_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
 def test_unknown_names_are_refused_by_name(tmp_path):
     made = make_context(tmp_path / "a")
     name = made.manifest.context_id
-    with pytest.raises(UnknownName, match="unknown archive codec 'rar'; known: zstd-planes"):
+    with pytest.raises(
+        UnknownName, match="unknown archive codec 'rar'; known: cachegen, zstd-planes"
+    ):
         export_context(made.store, name, tmp_path / "c", stored="rar")
     with pytest.raises(UnknownName, match="unknown codec 'int3'"):
         export_context(made.store, name, tmp_path / "c", codec_name="int3")
@@ -284,7 +306,6 @@ def test_pages_that_are_missing_double_or_out_of_order_are_refused(tmp_path, exp
     refuse(tmp_path, [*head, *pages[:2], pages[1], *pages[2:]], "holds page .* wanted")
     refuse(tmp_path, [*head, pages[1], pages[0], *pages[2:]], "holds page .* wanted")
     refuse(tmp_path, head, "5 pages of 115200 bytes are promised")
-    refuse(tmp_path, [*head, *pages[:2], (archive.PAGE, b""), *pages[3:]], "too short")
 
 
 def test_packed_pages_that_are_missing_are_refused(tmp_path):
@@ -295,6 +316,7 @@ def test_packed_pages_that_are_missing_are_refused(tmp_path):
     refuse(tmp_path, [*head, *pages[:-1]], "4 pages came, 5 are promised")
     refuse(tmp_path, [*head, *pages[:3], *pages[4:]], "holds page .* wanted")
     refuse(tmp_path, head, "0 pages came, 5 are promised")
+    refuse(tmp_path, [*head, *pages[:2], (archive.PAGE, b""), *pages[3:]], "too short")
 
 
 def test_records_in_another_order_are_refused(tmp_path, exported):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ringspan.errors import RingspanError
 from ringspan.kvstore import archive
 from ringspan.kvstore.archive import ArchiveReader, ArchiveWriter, BadArchive
-from ringspan.kvstore.codecs import cold
+from ringspan.kvstore.codecs import cachegen, cold
 from ringspan.kvstore.export import export_context
 from ringspan.kvstore.importing import import_context
 from ringspan.kvstore.testing import make_context
@@ -37,6 +37,7 @@ def files(tmp_path_factory):
         (0, "raw", cold.NAME),
         (1, "raw", archive.FRAMES),
         (0, "int4", cold.NAME),
+        (0, "raw", cachegen.NAME),
     ):
         tokens = 37 if name == "raw" else 130
         made = make_context(root / f"{seed}{name}", tokens, 2, name, seed=seed, num_layers=2)
@@ -160,7 +161,7 @@ def records_of(file):
     derandomize=True,
 )
 @given(
-    which=st.integers(0, 3),
+    which=st.integers(0, 4),
     record=st.integers(0, 4),
     at=st.integers(0, 1 << 20),
     value=st.binary(min_size=1, max_size=8),

@@ -1,0 +1,247 @@
+"""`ringspan contexts verify|repair`: whether a stored context is what it says, and making it so."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from ringspan.deploy.checks import check_gang
+from ringspan.deploy.commands import options
+from ringspan.deploy.commands.options import DEFAULT_STORE, Store
+from ringspan.deploy.gangs import open_gang
+from ringspan.deploy.progress import Meter, bytes_words, meter
+from ringspan.errors import BadInput, CorruptPage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ringspan.cluster.messages import GangSpec, PageRecord
+    from ringspan.kvstore.audit import Progress, VerifyReport
+    from ringspan.kvstore.folder import Store as StoreFolder
+    from ringspan.kvstore.manifest import Manifest
+    from ringspan.kvstore.repair import Mended
+
+Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
+Deep = Annotated[
+    bool,
+    typer.Option(
+        "--deep", help="Also prefill a sample of pages again from the tokens and compare."
+    ),
+]
+Sample = Annotated[int, typer.Option("--sample", help="Pages that --deep takes.")]
+Parity = Annotated[
+    int | None,
+    typer.Option("--parity", help="Pages of parity to a stripe from now on: 1 or 2."),
+]
+
+
+def verify(
+    context: Context,
+    store: Store = DEFAULT_STORE,
+    deep: Deep = False,
+    sample: Sample = 4,
+    ranks: options.Ranks = None,
+    transport: options.Transport = "auto",
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+    seed: options.Seed = 0,
+    local: options.Local = False,
+    timeout: options.Timeout = 60.0,
+) -> None:
+    """Read every copy of every page of a context, in all its tiers, and its parity, and check it.
+    Status 1 if any is corrupt; nothing is changed. The gang's options are for --deep."""
+    if deep and sample < 1:
+        raise BadInput(f"--sample {sample}: wanted at least one page")
+    folder = _folder(store)
+    name = folder.find(context)
+    report = _audit(folder, name)
+    if not report.ok:
+        _tell(report)
+        raise CorruptPage(
+            f"context {name}: {len(report.bad_pages)} of {report.num_pages} pages are corrupt, "
+            f"{len(report.problems)} problems with its manifest or tokens, "
+            f"{len(report.bad_parity)} with its parity; {_advice(report)}"
+        )
+    parity = f", {report.parity_rows} of parity to a stripe" if report.parity_rows else ""
+    print(
+        f"context {name}: {report.num_pages:,} pages, {bytes_words(report.payload_bytes)}{parity},"
+        f" all whole, read in {report.elapsed_s:.1f} s"
+    )
+    if deep:
+        manifest = folder.manifest(name)
+        spec = _spec(manifest, ranks, transport, device, backend, threads, timeout)
+        _verify_deep(folder, manifest, spec, local, sample, seed)
+
+
+def _verify_deep(
+    folder: StoreFolder, manifest: Manifest, spec: GangSpec, local: bool, sample: int, seed: int
+) -> None:
+    from ringspan.cluster.mending import deep_verify
+
+    check_gang(spec, local)
+    with open_gang(spec, local) as gang:
+        report = deep_verify(gang, folder, manifest, sample, seed)
+    for page in report.pages:
+        layer = report.worst(page)
+        print(
+            f"page [{page.span.start}, {page.span.stop}): computed again, off by "
+            f"{layer.error:.2e} in layer {layer.layer}, {layer.allowed:.2e} is explained"
+            f"{'' if layer.good else ': WRONG'}"
+        )
+    if report.bad:
+        raise CorruptPage(
+            f"context {manifest.context_id}: {len(report.bad)} of {len(report.pages)} pages "
+            "computed again are not what is stored; remove it (ringspan contexts rm) and prefill "
+            "again"
+        )
+    print(f"{len(report.pages)} pages computed again agree, in {report.elapsed_s:.1f} s")
+
+
+def repair(
+    context: Context,
+    store: Store = DEFAULT_STORE,
+    parity: Parity = None,
+    ranks: options.Ranks = None,
+    transport: options.Transport = "auto",
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    threads: options.Threads = 0,
+    local: options.Local = False,
+    timeout: options.Timeout = 60.0,
+) -> None:
+    """Make a stored context whole in place: damaged pages come from another tier, from parity, or
+    are computed again by a gang, which is started only then."""
+    from ringspan.kvstore.parity import check_rows
+    from ringspan.kvstore.repair import mend_parity
+
+    if parity is not None:
+        check_rows(parity)
+    folder = _folder(store)
+    manifest = folder.manifest(context)
+    name = manifest.context_id
+    report = _audit(folder, name)
+    _tell(report)
+    if report.problems:
+        raise CorruptPage(
+            f"context {name}: {report.problems[0]}; nothing can be repaired without it: remove it "
+            "(ringspan contexts rm) and prefill again"
+        )
+    mended = _mend(folder, manifest, report)
+    for road, pages in mended.roads.items():
+        print(f"repaired {pages} pages by road {road}")
+    manifest = mended.manifest
+    if mended.lost:
+        spec = _spec(manifest, ranks, transport, device, backend, threads, timeout)
+        manifest = _recompute(folder, manifest, mended.lost, spec, local)
+    stripes = mend_parity(folder, manifest, parity)
+    if stripes:
+        print(f"wrote parity of {stripes} stripes")
+    again = _audit(folder, name)
+    if not again.ok:
+        _tell(again)
+        raise CorruptPage(f"context {name} is not whole after its repair")
+    what = "is whole again" if not report.ok else "is whole"
+    print(f"context {name} {what}: {again.num_pages:,} pages, {bytes_words(again.payload_bytes)}")
+
+
+def _mend(folder: StoreFolder, manifest: Manifest, report: VerifyReport) -> Mended:
+    from ringspan.kvstore.repair import choose_roads, mend_stored
+    from ringspan.kvstore.repair_plan import explain
+
+    damaged = {page.key for page in report.bad_pages}
+    tiers = {key: [p.tier for p in report.bad_pages if p.key == key] for key in damaged}
+    records = [record for record in manifest.pages if record.key in damaged]
+    choices, roads = choose_roads(folder, manifest, report)
+    if choices:
+        print(explain(choices))
+    return mend_stored(folder, manifest, records, roads=roads, tiers=tiers)
+
+
+def _recompute(
+    folder: StoreFolder,
+    manifest: Manifest,
+    lost: Sequence[PageRecord],
+    spec: GangSpec,
+    local: bool,
+) -> Manifest:
+    from ringspan.cluster.mending import recompute_lost
+
+    check_gang(spec, local)
+    print(f"computing {len(lost)} pages again on {spec.world_size} ranks")
+    with open_gang(spec, local) as gang:
+        done = recompute_lost(gang, folder, manifest)
+    print(f"computed {len(done.spans)} pages again in {done.elapsed_s:.1f} s")
+    if done.parity_stripes:
+        print(f"wrote parity of {done.parity_stripes} stripes")
+    return done.manifest
+
+
+def _spec(
+    manifest: Manifest,
+    ranks: int | None,
+    transport: str,
+    device: str,
+    backend: str,
+    threads: int,
+    timeout_s: float,
+) -> GangSpec:
+    """A gang that runs the context's own model."""
+    return options.gang_spec(
+        msgspec.structs.replace(manifest.model, dtype=manifest.form.dtype),
+        ranks=ranks,
+        transport=transport,
+        device=device,
+        backend=backend,
+        threads=threads,
+        timeout_s=timeout_s,
+    )
+
+
+def _tell(report: VerifyReport) -> None:
+    for problem in (*report.problems, *report.bad_parity):
+        print(problem)
+    for page in report.bad_pages:
+        print(page.what)
+
+
+def _advice(report: VerifyReport) -> str:
+    if report.problems:
+        return "remove it (ringspan contexts rm) and prefill again"
+    return f"repair it (ringspan contexts repair {report.context_id})"
+
+
+def _audit(folder: StoreFolder, name: str) -> VerifyReport:
+    from ringspan.kvstore.audit import verify as audit
+
+    with _pages_meter() as progress:
+        return audit(folder.root / "contexts" / name, progress)
+
+
+@contextlib.contextmanager
+def _pages_meter() -> Iterator[Progress]:
+    """How many pages there are is known with the first."""
+    with contextlib.ExitStack() as phases:
+        meters: list[Meter] = []
+
+        def progress(done: int, pages: int) -> None:
+            if not meters:
+                meters.append(phases.enter_context(meter("verify", pages, "pages")))
+            meters[0].update(done)
+
+        yield progress
+
+
+def _folder(store: Store) -> StoreFolder:
+    """BadInput if there is none: reading must not make one."""
+    from ringspan.kvstore.folder import Store as StoreFolder
+
+    if not store.is_dir():
+        raise BadInput(
+            f"--store {store}: no such folder; prefill something first, or name another store"
+        )
+    return StoreFolder(store)
