@@ -111,7 +111,7 @@ def check_backend(backend: str) -> None:
     check_name("attention backend", backend, ("auto", *BACKENDS))
 
 
-def check_plan_names(codec: str, scheme: str, layout: str) -> None:
+def check_plan_names(codec: str, scheme: str, layout: str, fidelity: str = "") -> None:
     """Each may be `auto` where the planner can choose."""
     from ringspan.attention.layout import LAYOUTS
     from ringspan.attention.schemes.table import SCHEMES
@@ -120,6 +120,20 @@ def check_plan_names(codec: str, scheme: str, layout: str) -> None:
     check_name("codec", codec, tuple(CODECS))
     check_name("scheme", scheme, ("auto", *SCHEMES))
     check_name("layout", layout, ("auto", *LAYOUTS))
+    if fidelity:
+        from ringspan.kvstore.fidelity import fidelity_named
+
+        fidelity_named(fidelity)
+
+
+def check_kept(codec: str, facts: ModelFacts, fidelity: str) -> None:
+    """The codec keeps the lowest fidelity that is accepted (empty: any)."""
+    import torch
+
+    from ringspan.kvstore.fidelity import check_codec
+
+    dtype = getattr(torch, facts.dtype)
+    check_codec(codec, facts.num_kv_heads, facts.head_dim, dtype, fidelity)
 
 
 def check_name(kind: str, name: str, known: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """A store: a folder in which contexts outlive their ranks.
 
-    ROOT/contexts/<context id>/   manifest.json  tokens.npy  rank-0.seg  rank-1.seg ...
+    ROOT/contexts/<context id>/   manifest.json  tokens.npy  index.copy  rank-0.seg  rank-1.seg ...
     ROOT/staging/<id>-<nonce>/    contexts being written: never listed
     ROOT/trash/<id>-<nonce>/      contexts being removed: never listed
 
@@ -21,6 +21,7 @@ from ringspan.errors import BadInput, StoreError, UnknownName
 from ringspan.kvstore import staging
 from ringspan.kvstore.audit import Progress, VerifyReport, verify
 from ringspan.kvstore.exchange import swap
+from ringspan.kvstore.index_copy import write_index_copy
 from ringspan.kvstore.manifest import (
     CONTEXT_NAME,
     MANIFEST,
@@ -106,6 +107,7 @@ class Store:
         try:
             self._check_staged(folder, manifest)
             _write_file(folder / MANIFEST, encode_manifest(manifest))
+            write_index_copy(folder, manifest)
             staging.sync_folder(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():

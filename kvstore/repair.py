@@ -20,6 +20,7 @@ import msgspec
 from ringspan.errors import CorruptPage, StoreError
 from ringspan.kvstore import staging
 from ringspan.kvstore.frame import aligned
+from ringspan.kvstore.index_copy import write_index_copy
 from ringspan.kvstore.manifest import MANIFEST, Manifest, encode_manifest, read_manifest, sealed
 from ringspan.kvstore.page import Page, verify_sums
 from ringspan.kvstore.parity import (
@@ -269,6 +270,7 @@ def republish(store: Store, manifest: Manifest, records: Sequence[PageRecord]) -
             os.fsync(file.fileno())
         _on_disk_too(folder)
         os.replace(part, folder / MANIFEST)
+        write_index_copy(folder, mended)
         staging.sync_folder(folder)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -61,6 +61,7 @@ def ask(
     backend: options.Backend = "auto",
     threads: options.Threads = 0,
     local: options.Local = False,
+    fidelity: options.Fidelity = "",
     timeout: options.Timeout = 60.0,
     json: options.Json = None,
 ) -> None:
@@ -72,11 +73,15 @@ def ask(
         check_given(given)
         existing(store)
         from ringspan.cluster.controller import Controller
+        from ringspan.kvstore.fidelity import check_fidelity
         from ringspan.kvstore.folder import Store
 
         folder = Store(existing(store))
         manifest = folder.manifest(context)
         record.context_id = manifest.context_id
+        if fidelity:
+            context = f"context {manifest.context_id}"
+            check_fidelity(context, manifest.form, manifest.origin, fidelity)
         spec = options.gang_spec(
             msgspec.structs.replace(manifest.model, dtype=manifest.form.dtype),
             ranks=ranks,
@@ -95,7 +100,7 @@ def ask(
         record.ranks = gang.ready
         controller = Controller(gang, folder)
         with record.phase("open"):
-            handle = controller.open(manifest.context_id)
+            handle = controller.open(manifest.context_id, fidelity)
         _say_roads(handle)
         sampling = Sampling(max_tokens, temperature, top_p, seed)
         if together and not chat and len(given) > 1:

@@ -51,6 +51,13 @@ RopeScaling = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, or of sampling.")]
 Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8, int4.")]
+Fidelity = Annotated[
+    str,
+    typer.Option(
+        "--fidelity",
+        help="The lowest that is accepted: exact, 16-bit, 8-bit, 4-bit, 2-bit; empty: any.",
+    ),
+]
 Scheme = Annotated[
     str,
     typer.Option(

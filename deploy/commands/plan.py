@@ -160,11 +160,13 @@ def plan(
         except OSError as error:
             raise StoreError(f"cannot write the record {json}: {error.strerror}") from None
     if made.chosen is None:
+        from ringspan.kvstore.codecs.registry import or_smaller
+
         least = min(made.candidates, key=lambda one: one.memory_bytes)
         raise TooLarge(
             f"nothing fits {_gib(made.memory_bytes)} a device; the least is"
             f" {_gib(least.memory_bytes)} ({least.scheme}, chunks of {least.chunk_tokens:,}): use"
-            f" more ranks{', --codec int8' if codec == 'raw' else ''}, or fewer tokens"
+            f" more ranks{or_smaller(codec)}, or fewer tokens"
         )
 
 

@@ -16,6 +16,7 @@ from ringspan.attention.models.facts import prefill_flops
 from ringspan.cluster.messages import Findings, GangSpec, ModelSpec, PrefillPlan
 from ringspan.deploy.checks import (
     check_gang,
+    check_kept,
     check_model,
     check_plan_names,
     check_scheme,
@@ -115,6 +116,7 @@ def prefill(
     plain: Plain = False,
     deterministic: Deterministic = False,
     audit_rows: AuditRows = 4,
+    fidelity: options.Fidelity = "",
     measure: Measure = None,
     parity: Parity = 0,
     title: Title = "",
@@ -141,9 +143,10 @@ def prefill(
             inputs = gather(input_, pattern or [])
         _say(f"read {inputs.describe()}")
         with record.phase("tokenise"):
-            check_plan_names(codec, scheme, layout)
+            check_plan_names(codec, scheme, layout, fidelity)
             check_gang(spec, local)
             facts = check_model(spec)
+            check_kept(codec, facts, fidelity)
             check_scheme(scheme, facts, spec.world_size)
             prepared = prepare(
                 inputs, input_, spec.model, facts, plain=plain, limit_tokens=limit_tokens
@@ -166,6 +169,7 @@ def prefill(
                 deterministic=deterministic,
                 audit_rows=audit_rows,
                 parity=parity,
+                lowest_fidelity=fidelity,
             ),
             description=Description(
                 title=title,

@@ -122,7 +122,10 @@ def _values(form: PageForm, tokens: int, payload: memoryview) -> np.ndarray:
 
 def _payload(form: PageForm, values: np.ndarray) -> memoryview:
     """`_values`, the other way round."""
-    rows = torch.from_numpy(values).to(dtype_of(form.dtype)).permute(1, 0, 4, 2, 3).contiguous()
+    kind = dtype_of(form.dtype)
+    limits = torch.finfo(kind)  # half a step above the largest value may be beyond fp16
+    rows = torch.from_numpy(values).clamp_(limits.min, limits.max).to(kind)
+    rows = rows.permute(1, 0, 4, 2, 3).contiguous()
     return memoryview(rows.reshape(-1).view(torch.uint8).numpy())
 
 

@@ -119,7 +119,7 @@ def choose(sizes: np.ndarray) -> np.ndarray:
     rows, count = sizes.shape
     clipped = np.minimum(sizes, REACH + 1) + (REACH + 2) * np.arange(rows)[:, None]
     histogram = np.bincount(clipped.ravel(), minlength=rows * (REACH + 2))
-    bits = histogram.reshape(rows, -1).astype(np.float32) @ models().cost.T
+    bits = histogram.reshape(rows, REACH + 2).astype(np.float32) @ models().cost.T
     return bits.argmin(axis=1).astype(np.uint8) if count else np.zeros(rows, np.uint8)
 
 

@@ -19,6 +19,7 @@ import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, NamedTuple
 
 from ringspan.kvstore.faults.chance import Chance, Killed, flipped
@@ -62,6 +63,11 @@ class SimDisk:
         return getattr(os, name)
 
     # calls
+
+    def statvfs(self, path: Any) -> SimpleNamespace:
+        """4 GiB are free: it is calls that find no room."""
+        os.statvfs(path)
+        return SimpleNamespace(f_bavail=1 << 20, f_frsize=4096)
 
     def getpid(self) -> int:
         return self.pid

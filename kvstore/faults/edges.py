@@ -18,6 +18,7 @@ import numpy as np
 
 from ringspan.kvstore import (
     folder,
+    index_copy,
     journal,
     leases,
     parity,
@@ -37,10 +38,10 @@ from ringspan.kvstore.tiers import host as host_tier
 from ringspan.kvstore.tiers import placement, quarantine, remote, slabs
 
 ON_DISK = (
-    disk_tier, folder, host_tier, journal, parity, placement, quarantine, repair, segment, staging,
+    disk_tier, folder, host_tier, index_copy, journal, parity, placement, quarantine, repair, segment, staging,
 )  # fmt: skip
-OPENING = (folder, parity, placement, repair, segment)
-NAMING = (folder, leases, remote, repair, slabs, staging)
+OPENING = (folder, index_copy, parity, placement, repair, segment)
+NAMING = (folder, index_copy, leases, remote, repair, slabs, staging)
 THREADED = (audits, host_tier, transfer, write_behind)
 
 

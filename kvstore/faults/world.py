@@ -8,6 +8,7 @@ promise is broken.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from ringspan.kvstore.faults.disk import SimDisk
 from ringspan.kvstore.faults.host import SimHost
 from ringspan.kvstore.faults.remote import URL, Objects
 from ringspan.kvstore.folder import Store
+from ringspan.kvstore.index_copy import check_index_copy, mend_index
 from ringspan.kvstore.manifest import Manifest
 from ringspan.kvstore.repair import PageWriter, mend_parity, mend_stored, republish
 from ringspan.kvstore.tiers.counters import QUARANTINED, REPAIRED, VERIFIED, StoreCounters
@@ -39,6 +41,8 @@ from ringspan.kvstore.tiers.placement import TierName
 from ringspan.kvstore.tokens import TOKENS, encode_tokens
 
 MOST_CONTEXTS = 5
+PLAIN = ("tiers.json", "parity.json", "owner.json")
+"""Files without a checksum, which say where to look and nothing about KV: they do not rot here."""
 
 
 class Beside(Protocol):
@@ -172,7 +176,7 @@ class World:
 
     def move(self, name: str, to: TierName, keep: bool) -> None:
         """A context goes to another tier, or is copied there."""
-        with self.process(f"{'copy' if keep else 'move'} {name} to {to}"):
+        with self.process(f"{'copy' if keep else 'move'} {name} to {to.kind}"):
             move(Store(self.root), name, to, keep=keep)
 
     def remove(self, name: str) -> None:
@@ -209,7 +213,7 @@ class World:
         strange = set(store.ids()) - set(self.contexts)
         if strange:
             raise self.chance.broken(f"contexts listed that nobody published: {sorted(strange)}")
-        left = [path.name for path in (self.root / "staging").glob("*")]
+        left = [path.name for path in (self.root / "staging").glob("*") if _is_marked(path)]
         if left:
             raise self.chance.broken(f"what dead processes were writing is still there: {left}")
 
@@ -218,6 +222,7 @@ class World:
         store = Store(self.root)
         try:
             whole = store.verify(known.name).ok
+            whole = whole and not check_index_copy(self.root / "contexts" / known.name)
         except UnknownName:
             raise self.chance.broken(f"context {known.name}, published, is gone") from None
         try:
@@ -245,6 +250,8 @@ class World:
         """As `contexts repair` does: from another copy or parity, else from the tokens. Then one
         good copy, on the disk; the other tiers' may be damaged."""
         store = Store(self.root)
+        mended = mend_index(self.root / "contexts" / known.name)
+        self.counts["index files mended"] += len(mended)
         for _ in range(3):  # pages of several tiers become those of the disk one after the other
             bad = {page.key for page in store.verify(known.name).bad_pages}
             manifest = store.manifest(known.name)
@@ -317,6 +324,7 @@ class World:
             self.objects.flip(draw.choice(sorted(self.objects.held)), draw)
             return
         files = [path for path in self.disk.files() if path.startswith("store/contexts/")]
+        files = [path for path in files if not path.endswith(PLAIN)]
         if files:
             self.disk.flip(draw.choice(files), draw)
 
@@ -336,3 +344,11 @@ class World:
 
     def in_host(self) -> TierName:
         return TierName("host", str(self.host.folder))
+
+
+def _is_marked(folder: Path) -> bool:
+    """Says whose it is; where a power cut took the mark, only its age can tell (a day)."""
+    try:
+        return bool(json.loads((folder / "owner.json").read_text()))
+    except (OSError, ValueError):
+        return False

@@ -354,7 +354,7 @@ def _serve_one(store: HostStore, client: _Client) -> wire.Stop | None:
             raise ConnectionError(f"a message of {size} bytes")
         if len(client.received) < head + size:
             break
-        request = wire.decode_request(bytes(client.received[head : head + size]))
+        request = wire.decode_request(wire.checked(bytes(client.received[head : head + size])))
         del client.received[: head + size]
         client.connection.sendall(wire.framed(store.answer(client, request)))
         if isinstance(request, wire.Stop):

@@ -1,13 +1,16 @@
 """What ranks and a node's host store say to each other over a unix socket.
 
-A message is its length (u32, little-endian) and msgpack; payloads never go this way, they lie in
-slabs that both sides map. Every request has one reply.
+    length (u32, of what follows)  msgpack  crc32 (u32) of the msgpack              little-endian
+
+Payloads never go this way, they lie in slabs that both sides map. Every request has one reply. A
+place with a bit flipped would be another page's, so a message whose sum differs ends the connection.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+import zlib
 from typing import TypeAlias
 
 import msgspec
@@ -16,6 +19,7 @@ from ringspan.errors import StoreError
 from ringspan.kvstore.tiers.ids import PageId
 
 LENGTH = struct.Struct("<I")
+_SUM = struct.Struct("<I")
 MOST_BYTES = 64 << 20
 """Of one message: what is longer was not written by us."""
 SOCKET = "store.sock"
@@ -119,7 +123,15 @@ decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 def framed(message: Wire) -> bytes:
     data = encode(message)
-    return LENGTH.pack(len(data)) + data
+    return LENGTH.pack(len(data) + _SUM.size) + data + _SUM.pack(zlib.crc32(data))
+
+
+def checked(body: bytes) -> bytes:
+    """The msgpack of what follows a length. Raises ConnectionError where its sum differs."""
+    data = body[: -_SUM.size]
+    if len(body) < _SUM.size or _SUM.unpack(body[len(data) :]) != (zlib.crc32(data),):
+        raise ConnectionError("a message whose checksum differs")
+    return data
 
 
 def receive(connection: socket.socket) -> bytes:
@@ -127,7 +139,7 @@ def receive(connection: socket.socket) -> bytes:
     (size,) = LENGTH.unpack(_exactly(connection, LENGTH.size))
     if size > MOST_BYTES:
         raise StoreError(f"a message of {size} bytes from the host store: not one of ours")
-    return _exactly(connection, size)
+    return checked(_exactly(connection, size))
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

@@ -62,6 +62,14 @@ PREFILL = ("prefill", "--model", "random:tiny", "--local", "--ranks", "1")
             "no such folder",
         ),
         ((*PREFILL, "--input", "ids.npy", "--codec", "mp3"), "unknown codec 'mp3'; known: bf16"),
+        (
+            (*PREFILL, "--input", "ids.npy", "--fidelity", "perfect"),
+            "unknown fidelity 'perfect'; known: 16-bit",
+        ),
+        (
+            (*PREFILL, "--input", "ids.npy", "--codec", "int8", "--fidelity", "exact"),
+            "--codec int8 keeps 8-bit, asked for is exact or better",
+        ),
         ((*PREFILL, "--input", "ids.npy", "--scheme", "star"), "unknown scheme 'star'; known:"),
         ((*PREFILL, "--input", "ids.npy", "--layout", "heap"), "unknown layout 'heap'; known:"),
         ((*PREFILL, "--input", "ids.npy", "--backend", "abacus"), "unknown attention backend"),

@@ -40,6 +40,7 @@ def test_a_published_context_is_listed_with_all_its_facts(tmp_path):
     assert (good, damaged) == ([made.manifest], [])
     assert (made.store.tokens(made.manifest) == made.token_ids).all()
     assert sorted(path.name for path in made.store.folder(made.manifest).iterdir()) == [
+        "index.copy",
         "manifest.json",
         "rank-0.seg",
         "rank-1.seg",
