@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 
 from ringspan.kernels.decode import ROTATED, page_tokens_of
+from ringspan.kernels.rotate_triton import signs_of
 from ringspan.types import Part
 
 LEVELS = tl.constexpr(32512.0)
@@ -163,12 +164,7 @@ def _prepare_kernel(
     q_tile = q + (row // num_heads * q_t + row % num_heads * q_h)[:, None] + dim[None, :]
     x = tl.load(q_tile, mask=real[:, None], other=0.0)
     if ROTATE:
-        i = tl.arange(0, D)
-        both = i[:, None] & i[None, :]
-        both ^= both >> 4
-        both ^= both >> 2
-        both ^= both >> 1
-        signs = (1 - 2 * (both & 1)).to(x.dtype)
+        signs = signs_of(D, x.dtype)
         # the products are exact; "ieee" keeps them so in fp32
         x = tl.dot(x, signs, input_precision="ieee") * norm
     x = x.to(tl.float32)

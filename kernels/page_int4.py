@@ -44,7 +44,7 @@ from ringspan.kernels.page_columns import (
     stretches,
     to_columns,
 )
-from ringspan.kernels.rotate import _signs
+from ringspan.kernels.rotate import signs
 
 GROUP = 64
 LARGEST = 15.0
@@ -123,7 +123,7 @@ def rotated_mean(mean: torch.Tensor) -> torch.Tensor:
     dim = mean.shape[-1]
     if not rotates(dim):
         return mean.float()
-    total = mean.double() @ _signs(dim, mean.device).double()
+    total = mean.double() @ signs(dim, mean.device).double()
     return total.float().mul_(1 / math.sqrt(dim))
 
 

@@ -23,7 +23,7 @@ from ringspan.kernels.page_scaled_triton import (
     row_peak,
     store_halves,
 )
-from ringspan.kernels.rotate_triton import _signs
+from ringspan.kernels.rotate_triton import signs_of
 
 CONFIGS = {
     "int4 encode k": Config(8, 3, 264),
@@ -176,7 +176,7 @@ def _encode_k_kernel(
     dim = tl.arange(0, HALF)
     slot = tl.arange(0, P)
     one = tl.full([], 1, tl.int64)
-    signs = _signs(HALF, x.dtype.element_ty)
+    signs = signs_of(HALF, x.dtype.element_ty)
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         tile = one * i
         token = tile // num_heads * P + slot
@@ -232,7 +232,7 @@ def _encode_v_kernel(
     dim = tl.arange(0, HALF)
     slot = tl.arange(0, R)
     one = tl.full([], 1, tl.int64)
-    signs = _signs(HALF, x.dtype.element_ty)
+    signs = signs_of(HALF, x.dtype.element_ty)
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         tile = one * i
         token = tile // num_heads * P + slot
@@ -305,7 +305,7 @@ def _butterfly(y):
 @triton.jit
 def _group_signs(HALF: tl.constexpr, GROUPS: tl.constexpr):
     """The signs within one or two groups: [HALF, HALF], 0 between the two."""
-    signs = _signs(HALF, tl.float16)
+    signs = signs_of(HALF, tl.float16)
     if GROUPS == 2:
         group = tl.arange(0, HALF) // (HALF // 2)
         # the second group's own indices lack the bit that makes its signs those of HALF
@@ -317,7 +317,7 @@ def _group_signs(HALF: tl.constexpr, GROUPS: tl.constexpr):
 @triton.jit
 def _rotated_mean(mean, dim, norm, HALF: tl.constexpr):
     """mean [2 HALF] fp16 -> halves of its rotation, fp32; sums are exact in fp64 in any order."""
-    signs = _signs(HALF, tl.int8)
+    signs = signs_of(HALF, tl.int8)
     m0 = tl.load(mean + dim).to(tl.float64)
     m1 = tl.load(mean + HALF + dim).to(tl.float64)
     # down the columns: along the rows every addition would cross threads

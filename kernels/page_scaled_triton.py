@@ -17,7 +17,7 @@ import triton.language as tl
 from ringspan.kernels import page_scaled
 from ringspan.kernels.page_columns import rotates
 from ringspan.kernels.quantize import TINY
-from ringspan.kernels.rotate_triton import _signs
+from ringspan.kernels.rotate_triton import signs_of
 
 
 class Config(NamedTuple):
@@ -114,7 +114,7 @@ def _encode_kernel(
     slot = tl.arange(0, P)
     one = tl.full([], 1, tl.int64)
     if ROTATE:
-        signs = _signs(BLOCK_D, x.dtype.element_ty)
+        signs = signs_of(BLOCK_D, x.dtype.element_ty)
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         tile = one * i
         token = tile // num_heads * P + slot
@@ -179,7 +179,7 @@ def _decode_kernel(
     slot = tl.arange(0, P)
     one = tl.full([], 1, tl.int64)
     if ROTATE:
-        signs = _signs(BLOCK_D, tl.float16)
+        signs = signs_of(BLOCK_D, tl.float16)
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         tile = one * i
         page = codes + tile * (2 * HALF * P)

@@ -86,9 +86,10 @@ class Journal:
                 os.pwrite(self._fd, MAGIC, 0)
                 os.fsync(self._fd)
                 _sync_folder(self.path.parent)
-            elif at < len(data):
-                os.ftruncate(self._fd, at)
-                os.fsync(self._fd)
+            else:
+                if at < len(data):
+                    os.ftruncate(self._fd, at)
+                os.fsync(self._fd)  # a process that died before its sync has left a whole entry
         except OSError as error:
             raise self._error(error, "cannot mend") from None
         if data and at < len(data):

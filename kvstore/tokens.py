@@ -33,7 +33,7 @@ def read_tokens(path: Path, manifest: Manifest) -> np.ndarray:
         tokens = np.load(path, allow_pickle=False)
     except OSError as error:
         raise store_error(error, f"{name}: cannot read", path) from None
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header makes numpy raise what its parsers raise
         raise StoreError(f"{name}: {path.name} cannot be read: {error}") from None
     if tokens.shape != (manifest.num_tokens,) or tokens.dtype != np.dtype("<i4"):
         raise StoreError(

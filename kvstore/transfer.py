@@ -98,10 +98,13 @@ class _Loading:
         self._lost: list[_Lost] = []
         self._sums: dict[int, tuple[int, ...]] = {}
         """Of the pages whose rows are what they should be."""
+        self._early: list[list[int]] = []
+        """Of the rows in position order, on a CPU: there a batch is summed while the next is read;
+        a GPU sums them all at once, faster than it could be told batch by batch."""
 
     def run(self, readers: int, repair: Repair | None) -> tuple[tuple[int, ...], ...]:
         self._read_all(readers)
-        sums = self._shard.reserved_plane_sums()
+        sums = self._early or self._shard.reserved_plane_sums()
         for index, had in sorted(self._had.items()):
             self._settle(index, had, sums[index])
         self._repair(repair)
@@ -124,6 +127,10 @@ class _Loading:
                 for index, read in enumerate(reads, batch.first):
                     self._note(index, read)
                 buffer.give(layers, shard.specs, batch)
+                if shard.device.type == "cpu":
+                    self._early += planes.page_sums(
+                        layers, shard.specs, batch.row, batch.tokens, batch.pages
+                    ).tolist()
 
             for index, batch in enumerate(load):
                 if len(pending) == len(buffers):

@@ -24,6 +24,9 @@ from ringspan.deploy.bench.asked import (
 )
 from ringspan.deploy.checks import check_gang, check_model, check_plan_names, check_size
 from ringspan.deploy.commands import options
+from ringspan.deploy.commands.bench_codecs import codecs
+from ringspan.deploy.commands.bench_decode import decode
+from ringspan.deploy.commands.bench_store import store
 from ringspan.errors import BadInput
 
 if TYPE_CHECKING:
@@ -228,6 +231,11 @@ def prefill(
         _append(row, json)
         print(prefill_lines(row), flush=True)
     _report(rows, markdown, plots)
+
+
+app.command("decode")(decode)
+app.command("codecs")(codecs)
+app.command("store")(store)
 
 
 @app.command("plot")

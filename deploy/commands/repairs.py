@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from ringspan.deploy.checks import check_gang
+from ringspan.deploy.checks import check_gang, check_model
 from ringspan.deploy.commands import options
 from ringspan.deploy.commands.options import DEFAULT_STORE, Store
 from ringspan.deploy.gangs import open_gang
 from ringspan.deploy.progress import Meter, bytes_words, meter
-from ringspan.errors import BadInput, CorruptPage
+from ringspan.errors import BadInput, CorruptPage, RingspanError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ringspan.cluster.messages import GangSpec, PageRecord
     from ringspan.kvstore.audit import Progress, VerifyReport
     from ringspan.kvstore.folder import Store as StoreFolder
     from ringspan.kvstore.manifest import Manifest
     from ringspan.kvstore.repair import Mended
+    from ringspan.types import Span
 
 Context = Annotated[str, typer.Argument(help="A context's id, or the beginning of it.")]
 Deep = Annotated[
@@ -131,12 +132,12 @@ def repair(
             f"context {name}: {report.problems[0]}; nothing can be repaired without it: remove it "
             "(ringspan contexts rm) and prefill again"
         )
-    mended = _mend(folder, manifest, report)
+    spec = _spec(manifest, ranks, transport, device, backend, threads, timeout)
+    mended = _mend(folder, manifest, report, spec)
     for road, pages in mended.roads.items():
         print(f"repaired {pages} pages by road {road}")
     manifest = mended.manifest
     if mended.lost:
-        spec = _spec(manifest, ranks, transport, device, backend, threads, timeout)
         manifest = _recompute(folder, manifest, mended.lost, spec, local)
     stripes = mend_parity(folder, manifest, parity)
     if stripes:
@@ -149,17 +150,37 @@ def repair(
     print(f"context {name} {what}: {again.num_pages:,} pages, {bytes_words(again.payload_bytes)}")
 
 
-def _mend(folder: StoreFolder, manifest: Manifest, report: VerifyReport) -> Mended:
+def _mend(folder: StoreFolder, manifest: Manifest, report: VerifyReport, spec: GangSpec) -> Mended:
     from ringspan.kvstore.repair import choose_roads, mend_stored
     from ringspan.kvstore.repair_plan import explain
 
     damaged = {page.key for page in report.bad_pages}
     tiers = {key: [p.tier for p in report.bad_pages if p.key == key] for key in damaged}
     records = [record for record in manifest.pages if record.key in damaged]
-    choices, roads = choose_roads(folder, manifest, report)
-    if choices:
-        print(explain(choices))
+    if not records:
+        return mend_stored(folder, manifest, ())
+    choices, roads = choose_roads(folder, manifest, report, *_computing(spec))
+    print(explain(choices))
     return mend_stored(folder, manifest, records, roads=roads, tiers=tiers)
+
+
+def _computing(spec: GangSpec) -> tuple[Callable[[Span], float], float | None]:
+    """FLOP of computing a range again, and how many a second the gang does, where that was measured
+    on this machine before; nothing is loaded or measured for it."""
+    from ringspan.attention.models.facts import prefill_flops
+    from ringspan.cluster.device import device_named
+    from ringspan.cluster.speeds import cached_speeds, speeds_key
+
+    try:
+        facts = check_model(spec)
+    except (RingspanError, OSError):  # it may not be here: that matters when it must compute
+        return lambda span: 0.0, None
+    speeds = cached_speeds(speeds_key(device_named(spec.device), facts, spec.backend))
+
+    def flops(span: Span) -> float:
+        return prefill_flops(facts, span.tokens, span.start)
+
+    return flops, spec.world_size * speeds.gemm_flops_per_s if speeds is not None else None
 
 
 def _recompute(
@@ -203,10 +224,9 @@ def _spec(
 
 
 def _tell(report: VerifyReport) -> None:
-    for problem in (*report.problems, *report.bad_parity):
+    pages = (page.what for page in report.bad_pages)
+    for problem in dict.fromkeys((*report.problems, *report.bad_parity, *pages)):
         print(problem)
-    for page in report.bad_pages:
-        print(page.what)
 
 
 def _advice(report: VerifyReport) -> str:

@@ -27,7 +27,7 @@ BITS = 12
 LOW = 1 << 16
 """A state's lowest value, and its first one."""
 LANE_STEPS = 4096
-"""Values of one lane, about: its state costs 32 bits."""
+"""Values of one lane, at most: each costs a step of all lanes' time, and a lane's state 32 bits."""
 REACH = 126
 """The largest |value| that any model has a symbol for; others are escaped."""
 
@@ -133,8 +133,8 @@ class Coded(NamedTuple):
 
 
 def lanes_of(count: int) -> int:
-    """Both sides know it from the number of values."""
-    return max(1, -(-count // LANE_STEPS))
+    """Both sides know it from the number of values: of few there are fewer to a lane."""
+    return max(1, -(-count // min(LANE_STEPS, 4 * max(1, math.isqrt(count)))))
 
 
 def encode(values: np.ndarray, model: np.ndarray) -> Coded:

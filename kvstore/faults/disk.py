@@ -26,6 +26,8 @@ from ringspan.kvstore.faults.chance import Chance, Killed, flipped
 
 BLOCK = 4096
 FRAMES = (".seg", ".par")
+NAMELESS = "/quarantine/"
+"""Files there have inode numbers in their names, which differ from run to run."""
 CALL_S, BYTES_PER_S = 50e-6, 2e9
 """Of simulated time that a call takes, and what it moves."""
 
@@ -47,6 +49,7 @@ class SimDisk:
 
     def __init__(self, root: Path, chance: Chance) -> None:
         self.root, self._chance = root, chance
+        self._device = root.stat().st_dev
         self.pid = 1
         """Of the simulated process that makes the calls."""
         self.mortal = False
@@ -248,14 +251,17 @@ class SimDisk:
         names = draw.choice(self._names)
         here = {inode: path for path, inode in self._tree().items() if inode is not None}
         files: dict[str, tuple[bytes, Inode | None]] = {}
-        for path, inode in names.items():
+        for path, inode in sorted(names.items()):
             if inode is None:
                 continue
             synced = self._synced.get(inode)
             held = (self.root / here[inode]).read_bytes() if inode in here else None
-            data = synced or b"" if held is None else _torn(held, synced, draw)
-            if data != (held if held is not None else data):
-                self._chance.count("lost write", path)
+            if held is None or NAMELESS in path:
+                data = synced or b""
+            else:
+                data = _torn(held, synced, self._chance.keyed("torn", path))
+                if data != held:
+                    self._chance.count("lost write", path)
             files[path] = (data, inode)
         return Picture(files, frozenset(p for p, i in names.items() if i is None), True)
 
@@ -344,14 +350,13 @@ class SimDisk:
         while todo:
             folder = todo.pop()
             with os.scandir(self.root / folder) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
+                for entry in entries:
                     path = f"{folder}/{entry.name}" if folder else entry.name
                     if entry.is_dir(follow_symlinks=False):
                         found[path] = None
                         todo.append(path)
                     else:
-                        stat = entry.stat(follow_symlinks=False)
-                        found[path] = (stat.st_dev, stat.st_ino)
+                        found[path] = (self._device, entry.inode())
         return found
 
     def _path(self, fd: int) -> str:
@@ -360,6 +365,8 @@ class SimDisk:
     def _short(self, path: Any) -> str:
         text = os.fspath(path)
         base = f"{self.root}/"
+        if NAMELESS in text:
+            return NAMELESS
         return text[len(base) :] if text.startswith(base) else os.path.basename(text)
 
 
@@ -373,7 +380,8 @@ def _torn(held: bytes, synced: bytes | None, draw: random.Random) -> bytes:
     if held == synced:
         return held
     old = synced or b""
-    size = draw.choice((len(old), len(held), draw.randint(0, len(held))))
+    least, most = sorted((len(old), len(held)))
+    size = draw.choice((least, most, draw.randint(least, most)))
     mixed = bytearray(old[:size].ljust(size, b"\0"))
     for at in range(0, size, BLOCK):
         if draw.random() < 0.5:

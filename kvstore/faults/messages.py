@@ -92,6 +92,8 @@ class Talk:
         self._history: deque[Said] = deque(maxlen=HISTORY)
         self._readings: list[Reading] = []
         self._count = 0
+        self._unsure: Said | None = None
+        """Refused since the journal could neither be written nor mended: it may stand there."""
         self._states: tuple[tuple[AnyRecord, ...], ...] = ()
         """That the directory may have when it is started anew."""
         self._made: dict[tuple[str, str], tuple[str, ...]] = {}
@@ -101,6 +103,12 @@ class Talk:
     def directory(self) -> Directory:
         assert self._directory is not None
         return self._directory
+
+    @property
+    def _is_broken(self) -> bool:
+        """It asks to be started anew."""
+        journal = self.directory._journal
+        return journal is not None and bool(journal._broken)
 
     def start(self) -> None:
         self._open()
@@ -125,14 +133,14 @@ class Talk:
     def step(self) -> None:
         """Somebody says something; something arrives; now and then the directory dies."""
         draw = self._chance.random
-        for _ in range(draw.randint(1, 3)):
+        for _ in range(draw.randint(2, 10)):
             draw.choices(
                 (self._write, self._refer, self._withdraw, self._lease, self._repeat, self._rejoin,
                  self._forget, self._wait),
                 (6, 5, 3, 5, 3, 1, 1, 2),
             )[0]()  # fmt: skip
         self._deliver(everything=False)
-        if draw.random() < 0.1:
+        if self._is_broken or draw.random() < 0.1:
             self._die()
 
     def settle(self) -> None:
@@ -200,7 +208,8 @@ class Talk:
     def _forget(self) -> None:
         space, context, _ = self._some_context()
         try:
-            self.directory.forget(space, context)
+            with self._world.calm():
+                self.directory.forget(space, context)
         except StoreError:
             return
         if self.told.references(space, context):
@@ -290,6 +299,8 @@ class Talk:
             if stale and not isinstance(error, StaleHandle):
                 raise self._chance.broken(f"{said} of an epoch that is over: {error}") from None
             self._world.counts["messages refused"] += 1
+            if self._is_broken and self._unsure is None:
+                self._unsure = said
             return
         if stale:
             raise self._chance.broken(f"{said} of an epoch that is over was taken")
@@ -337,10 +348,8 @@ class Talk:
         """The directory's process is killed in the middle of a message, and started again."""
         due = [said for _, said in self._pool if said.method in ("refer", "release", "stage")]
         before = self.directory.records()
-        self._states = (before,)
-        if not due or not self._struck(self._chance.random.choice(due), before):
+        if self._is_broken or not due or not self._struck(self._chance.random.choice(due), before):
             self._chance.count("kill", "the directory, between messages")
-            self._states = (self.directory.records(),)
             self._world.disk.keep()
         self.stop(power=True)
         self._world.revive()
@@ -371,7 +380,10 @@ class Talk:
     def stop(self, power: bool) -> None:
         """`world.Beside`: its process ends where it is."""
         if power and self._directory is not None:
-            self._states = self._states or (self.directory.records(),)
+            if not self._states:
+                now = self.directory.records()
+                unsure, self._unsure = self._unsure, None
+                self._states = (now,) if unsure is None else (now, self._would_be(now, unsure))
             self._directory.close()
             self._directory = None
 

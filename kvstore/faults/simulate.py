@@ -39,12 +39,12 @@ RATES = {
     "kill": 0.008,
     "power": 0.3,
     "kill host store": 0.02,
-    "remote error": 0.03,
-    "remote cut": 0.02,
-    "wire reset": 0.02,
-    "wire drop": 0.02,
-    "wire delay": 0.05,
-    "wire flip": 0.03,
+    "remote error": 0.04,
+    "remote cut": 0.05,
+    "wire reset": 0.05,
+    "wire drop": 0.05,
+    "wire delay": 0.1,
+    "wire flip": 0.08,
 }
 """Of faults, for each call where they can be; `power`: that a kill is a power cut."""
 
@@ -215,7 +215,7 @@ STEPS: list[tuple[Step, int]] = [
     (Run.cut_power, 1),
     (Run.kill_host, 1),
     (Run.set_clock, 2),
-    (Run.messages, 12),
+    (Run.messages, 20),
 ]
 """What may happen, and how often."""
 

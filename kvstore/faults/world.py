@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +39,11 @@ from ringspan.kvstore.repair import PageWriter, mend_parity, mend_stored, republ
 from ringspan.kvstore.tiers.counters import QUARANTINED, REPAIRED, VERIFIED, StoreCounters
 from ringspan.kvstore.tiers.moving import forget, move
 from ringspan.kvstore.tiers.placement import TierName
+from ringspan.kvstore.tiers.quarantine import FOLDER as QUARANTINE
 from ringspan.kvstore.tokens import TOKENS, encode_tokens
 
 MOST_CONTEXTS = 5
+MOST_QUARANTINED = 40
 PLAIN = ("tiers.json", "parity.json", "owner.json")
 """Files without a checksum, which say where to look and nothing about KV: they do not rot here."""
 
@@ -109,6 +112,7 @@ class World:
         for beside in self.beside:
             beside.stop(power)
         self.disk.restore()
+        self.disk.pid += 1
         self.host.disconnect_all()
         if power:
             self.host.lose_memory()
@@ -202,10 +206,17 @@ class World:
         """Everything becomes readable again, and is whole afterwards."""
         with self.calm():
             self._check_store()
+            self._clear_quarantine()
             for name in sorted(self.contexts):
                 began_s = self.chance.monotonic_s
                 if self._recover(self.contexts[name]):
                     self.repair_s.append(self.chance.monotonic_s - began_s)
+
+    def _clear_quarantine(self) -> None:
+        """Now and then a person looks at it and empties it."""
+        folder = self.root / QUARANTINE
+        if folder.is_dir() and len(list(folder.iterdir())) > MOST_QUARANTINED:
+            shutil.rmtree(folder)
 
     def _check_store(self) -> None:
         """Nothing but what was published is listed; nothing of a dead process is left."""
@@ -296,7 +307,8 @@ class World:
             raise self.chance.broken(
                 f"context {known.name} is lost ({why}), though every page of it exists"
             )
-        self.counts["gone with nothing left"] += 1
+        left = "no whole index" if not self._is_indexed(store, known) else "no page or token left"
+        self.counts[f"gone with {left}"] += 1
         store.remove(known.name)
         del self.contexts[known.name]
 
@@ -307,7 +319,9 @@ class World:
         return any(path.read_bytes() == wanted for path in folder.glob(f"{TOKENS[:6]}*"))
 
     def _is_indexed(self, store: Store, known: Known) -> bool:
+        """Manifest and tokens are there, whole: without them nobody can say what the pages are."""
         try:
+            mend_index(self.root / "contexts" / known.name)
             return store.manifest(known.name).keys == known.keys
         except StoreError:
             return False

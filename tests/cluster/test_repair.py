@@ -221,3 +221,22 @@ def test_deep_verify_of_a_damaged_context_says_to_repair_it(store):
     flip(store, manifest, 3)
     with pytest.raises(CorruptPage, match="contexts repair"):
         deep_verify(gang_of(2), store, manifest, sample=9)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt-oss"])
+def test_pages_are_computed_again_under_windows_sinks_and_caps(store, family):
+    """Rows in the middle of held positions, the window shorter than a gap's distance to its ends."""
+    spec = GangSpec(
+        world_size=3,
+        model=ModelSpec(name=f"random:tiny-{family}", dtype="float32"),
+        device="cpu",
+        threads=1,
+    )
+    with LocalGang(spec).start() as gang:
+        controller = Controller(gang, store)
+        ids = (TOKENS % 500).astype(np.int32)
+        done = controller.prefill(ids, PrefillOptions(chunk_tokens=384))
+        controller.drop(done.context_id)
+        report = deep_verify(gang, store, store.manifest(done.context_id), sample=5)
+    assert not report.bad
+    assert max(report.worst(page).error for page in report.pages) < 1e-5

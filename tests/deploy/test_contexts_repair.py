@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from ringspan.deploy import cli
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.testing import make_context
 from ringspan.kvstore.tiers.moving import move
-from ringspan.kvstore.tiers.placement import TierName
+from ringspan.kvstore.tiers.placement import TierName, read_placement
 
 PREFILL = ("prefill", "--model", "random:tiny", "--input", "ids.npy", "--local", "--ranks", "2")
 GANG = ("--local", "--ranks", "2")
@@ -125,6 +126,42 @@ def test_a_whole_context_stays_as_it_is(here: Path, capsys: pytest.CaptureFixtur
     assert run("store", "repair") == 0
     assert "is whole: 8 pages" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def damage_remote(url: str) -> None:
+    """A bit in the middle of the largest object, which lies in a page's payload."""
+    files = fsspec.filesystem("memory")
+    name = max(files.find(url.removeprefix("memory:/")), key=files.size)
+    data = bytearray(files.cat_file(name))
+    data[len(data) // 2] ^= 1
+    files.pipe_file(name, bytes(data))
+
+
+def test_a_damaged_copy_in_another_tier_is_replaced_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_context(tmp_path / "s", 75)
+    name = made.manifest.context_id
+    move(made.store, name, TierName("remote", "memory://repair-copy"), keep=True)
+    damage_remote("memory://repair-copy")
+    assert len(made.store.verify(name).bad_pages) == 1
+    assert run(str(tmp_path / "s"), "repair") == 0
+    assert "repaired 1 pages by road disk" in capsys.readouterr().out
+    assert made.store.manifest(name) == made.manifest
+
+
+def test_pages_that_only_a_remote_tier_had_are_computed_and_go_back_there(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, name = Store("store"), name_in("store")
+    move(store, name, TierName("remote", "memory://repair-only"))
+    damage_remote("memory://repair-only")
+    assert run("store", "repair", *GANG) == 0
+    assert "computed 1 pages again" in capsys.readouterr().out
+    folder = store.folder(store.manifest(name))
+    assert [str(tier) for tier in read_placement(folder).tiers] == ["remote:memory://repair-only"]
+    assert not list(folder.glob("*.seg"))
+    assert run("store", "verify", "--deep", *GANG) == 0
 
 
 def test_a_copy_in_another_tier_comes_first(

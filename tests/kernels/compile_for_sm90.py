@@ -15,14 +15,8 @@ from triton.compiler import ASTSource
 
 from ringspan.kernels.flash_triton import CONFIGS, _flash_kernel
 from ringspan.kernels.merge_triton import _merge_kernel
-from ringspan.kernels.quantize_triton import _dequantize_kernel, _quantize_kernel
 from ringspan.kernels.rms_norm_triton import _rms_norm_kernel, num_warps
 from ringspan.kernels.rope_triton import _rope_kernel
-from ringspan.kernels.rotate_triton import (
-    _dequantize_rotate_kernel,
-    _rotate_quantize_kernel,
-    options,
-)
 from ringspan.kernels.sum64_triton import _sum64_kernel
 from ringspan.kernels.swiglu_triton import _swiglu_kernel
 
@@ -81,7 +75,6 @@ def flash(dtype, dim, config, causal, windowed=False, softcap=False):
 def all_kernels():
     yield "flash bf16 D64 full", flash("bf16", 64, CONFIGS[64][0], False)
     yield "flash bf16 D128 causal", flash("bf16", 128, CONFIGS[128][0], True)
-    blocks = {"D": 128, "BLOCK_R": 16, "BLOCK_D": 128}
     for count in (2, 16):
         yield f"merge bf16 P{count}", merge("bf16", count)
     yield from row_kernels("bf16")
@@ -95,29 +88,6 @@ def all_kernels():
             unaligned=("num_words", "row_stride"),
         ),
     )
-    for codes in ("i8", "fp8e4nv"):
-        yield (
-            f"quantize {codes}",
-            compile_kernel(
-                _quantize_kernel,
-                {"x": "bf16", "codes": codes, "scale": "fp32"},
-                {**blocks, "INTEGER": codes == "i8"},
-                floats=("largest", "tiny"),
-                unaligned=("num_rows", "num_b"),
-                enable_fp_fusion=False,
-            ),
-        )
-        yield (
-            f"dequantize {codes}",
-            compile_kernel(
-                _dequantize_kernel,
-                {"codes": codes, "scale": "fp32", "out": "bf16"},
-                blocks,
-                unaligned=("num_rows", "num_b"),
-            ),
-        )
-    for dim in (64, 128, 256):
-        yield from rotate_kernels("bf16", dim)
 
 
 def merge(dtype, count):
@@ -186,32 +156,6 @@ def row_kernels(dtype):
                 enable_fp_fusion=False,
             ),
         )
-
-
-def rotate_kernels(dtype, dim):
-    blocks, unaligned = {"D": dim, "BLOCK_R": 64}, ("num_rows", "num_b")
-    yield (
-        f"rotate_quantize {dtype} D{dim}",
-        compile_kernel(
-            _rotate_quantize_kernel,
-            {"x": dtype, "codes": "i8", "scale": "fp32"},
-            blocks,
-            floats=("norm", "largest", "tiny"),
-            unaligned=unaligned,
-            **options(dim),
-        ),
-    )
-    yield (
-        f"dequantize_rotate {dtype} D{dim}",
-        compile_kernel(
-            _dequantize_rotate_kernel,
-            {"codes": "i8", "scale": "fp32", "out": dtype},
-            blocks,
-            floats=("norm",),
-            unaligned=unaligned,
-            **options(dim),
-        ),
-    )
 
 
 def main() -> None:

@@ -33,12 +33,9 @@ def compiled(tmp_path_factory):
     return {row["name"]: row for row in json.loads(done.stdout)}
 
 
-@pytest.mark.parametrize(
-    ("kernel", "variants"), [("flash", 2), ("rotate_quantize", 3), ("dequantize_rotate", 3)]
-)
-def test_products_are_the_warp_group_products_of_hopper(compiled, kernel, variants):
-    rows = [row for name, row in compiled.items() if name.split()[0] == kernel]
-    assert len(rows) == variants
+def test_products_are_the_warp_group_products_of_hopper(compiled):
+    rows = [row for name, row in compiled.items() if name.split()[0] == "flash"]
+    assert len(rows) == 2
     assert all(row["wgmma"] > 0 for row in rows)
 
 
@@ -49,9 +46,8 @@ def test_every_kernel_fits_the_shared_memory_of_a_hopper_multiprocessor(compiled
 
 def test_every_kernel_file_was_compiled(compiled):
     kinds = {name.split()[0] for name in compiled}
-    rotate = {"rotate_quantize", "dequantize_rotate"}
     rows = {"rms_norm", "rope", "swiglu"}
-    assert kinds == {"flash", "merge", "sum64", "quantize", "dequantize"} | rotate | rows
+    assert kinds == {"flash", "merge", "sum64"} | rows
 
 
 @pytest.mark.parametrize(("kernel", "loads"), [("merge", 2), ("rms_norm", 4), ("swiglu", 4)])

@@ -157,6 +157,20 @@ def test_what_channels_have_in_common_costs_nothing():
     assert rms(back - before) < 0.13 * rms(plain)
 
 
+def test_a_token_whose_values_are_small_has_little_noise():
+    """A sink's, on which much of the attention rests."""
+
+    def change(tensor):
+        tensor[0] *= 1 / 50
+
+    before, back, bits = through(make_page(change=change))
+    k, v = (back - before)[:, 0, 0], (back - before)[:, 1, 0]
+    assert rms(v) < 0.2 * rms(before[:, 1, 0])
+    assert rms(v) < 0.05 * rms((back - before)[:, 1, 1:])
+    assert rms(k) > 0.2 * rms((back - before)[:, 0, 1:])  # K's noise is that of its head
+    assert bits < 4.4
+
+
 def test_zeros_constants_and_outliers():
     before, back, bits = through(make_page(change=lambda x: x.zero_()))
     assert torch.equal(before, back)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mooncake.store import MooncakeDistributedStore
+from mooncake.store import MooncakeDistributedStore  # type: ignore[import-not-found]
 
 HOST = "127.0.0.1"
 LOCAL_BYTES = 64 << 20

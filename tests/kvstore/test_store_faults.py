@@ -1,0 +1,108 @@
+"""The store under faults: a seeded simulation of the shipped classes, and that it can fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringspan.kvstore import supply, transfer
+from ringspan.kvstore.catalog import Catalog, Recent
+from ringspan.kvstore.directory import Directory
+from ringspan.kvstore.faults.chance import Broken
+from ringspan.kvstore.faults.simulate import Run, simulate
+from ringspan.kvstore.guard import Guard
+from ringspan.kvstore.records import Published
+
+SEEDS = (0, 1, 2, 3)
+FAULTS = 2500
+"""Of each seed; 10,000 in all."""
+
+KINDS = {
+    "clock jump", "disk error", "disk full", "flip at rest", "flip in flight", "kill",
+    "kill host store", "lost write", "message delayed", "message dropped", "message late",
+    "message overtaken", "message twice", "power cut", "remote error", "short read", "short write",
+    "wire delay", "wire drop", "wire flip", "wire reset",
+}  # fmt: skip
+"""That every long run must have met."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"seed{seed}")
+def test_no_wrong_kv_is_served_and_no_context_is_lost(seed):
+    report = simulate(FAULTS, seed)
+    assert report.num_faults >= FAULTS
+    assert (report.wrong, report.lost) == (0, 0)
+    assert set(report.faults) >= KINDS
+    assert report.counts["reads"] > 300
+    for became in ("refused", "repaired", "recomputed", "repaired by parity"):
+        assert report.counts[became] > 0, became
+    assert 0 < report.repair_mean_s <= report.repair_max_s < 60.0
+
+
+def test_a_seed_gives_the_same_run_again():
+    first, again = simulate(200, seed=11), simulate(200, seed=11)
+    assert (first.digest, first.faults, first.counts) == (again.digest, again.faults, again.counts)
+    assert simulate(200, seed=12).digest != first.digest
+
+
+# that it would see it
+
+
+def until_broken(prepared=None, seeds=range(6), faults=800) -> str:
+    for seed in seeds:
+        try:
+            simulate(faults, seed, prepared)
+        except Broken as broken:
+            assert f"seed {seed}, step" in str(broken)
+            assert 1 <= str(broken).count("\n  step ") <= 20
+            return str(broken)
+    pytest.fail("the simulator saw nothing")
+
+
+def test_it_sees_pages_that_are_served_unverified(monkeypatch):
+    monkeypatch.setattr(supply, "verify_payload", lambda header, payload: None)
+    monkeypatch.setattr(transfer, "verify_sums", lambda header, sums: None)
+    assert "wrong KV served" in until_broken()
+
+
+def test_it_sees_a_publish_before_its_files_are_on_the_disk():
+    def forget_syncs(run: Run) -> None:
+        run.world.disk.forget_syncs = True
+
+    said = until_broken(forget_syncs)
+    assert "published, is gone" in said or "has forgotten what it had answered" in said
+
+
+def test_it_sees_a_page_that_is_visible_before_it_is_whole(monkeypatch):
+    def stage_and_show(self, record):
+        stage(self, record)
+        self._publish(Published(record.holder, record.epoch, record.write))
+
+    stage = Catalog._stage
+    monkeypatch.setattr(Catalog, "_stage", stage_and_show)
+    assert "visible before it is whole" in until_broken()
+
+
+def test_it_sees_an_epoch_that_is_over_and_counts(monkeypatch):
+    monkeypatch.setattr(
+        Directory, "_alive", lambda self, name, epoch: self._catalog.holders[name]
+    )
+    assert "of an epoch that is over" in until_broken()
+
+
+def test_it_sees_a_reference_that_is_taken_up_again(monkeypatch):
+    monkeypatch.setattr(Recent, "__contains__", lambda self, name: False)
+    assert "references, wanted" in until_broken()
+
+
+def test_it_sees_copies_that_go_under_a_lease(monkeypatch):
+    monkeypatch.setattr(Guard, "check_leases", lambda self, on, what: None)
+    assert "under lease" in until_broken()
