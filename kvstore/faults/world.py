@@ -75,6 +75,8 @@ class World:
         """What readers got: reads, refused, repaired, recomputed, wrong, lost and the like."""
         self.repair_s: list[float] = []
         """Simulated time of each repair."""
+        self._untold: dict[str, Known] = {}
+        """Written or removed by processes that did not live to hear that it was done."""
         self.beside: list[Beside] = []
 
     # processes
@@ -120,7 +122,7 @@ class World:
             for beside in self.beside:
                 beside.again()
             if power:
-                Store(self.root)
+                self._reconcile()
 
     @contextlib.contextmanager
     def calm(self) -> Iterator[None]:
@@ -142,10 +144,12 @@ class World:
             manifest = prefill(store, known, world_size)
             done = True
             self.contexts[known.name] = known  # told that it is stored: from here on it must be
+            self._untold.pop(known.name, None)
             if parity:
                 mend_parity(store, manifest, 1)
-        if not done and not before and self._is_listed(known.name):
-            self.contexts[known.name] = known  # published, though nobody was told: then it is whole
+        if not done and not before:
+            self._untold[known.name] = known
+            self._reconcile()
 
     def read(self, name: str, world_size: int, recompute: bool) -> None:
         """Ranks open a context; what they get must be right."""
@@ -188,17 +192,26 @@ class World:
         with self.process(f"remove {name}"):
             known = self.contexts.pop(name)
             forget(Store(self.root), name)
-        if (self.died or self.failed) and self._is_listed(name):
-            self.contexts[name] = known
+        self._untold.pop(name, None)
+        if self.died or self.failed:
+            self._untold[name] = known
+            self._reconcile()
 
     def mend(self, name: str) -> None:
         """A repair that can itself fail."""
         with self.process(f"mend {name}"):
             self._mend(self.contexts[name])
 
-    def _is_listed(self, name: str) -> bool:
+    def _reconcile(self) -> None:
+        """What nobody was told the end of is there or is not, until a power cut has its say too;
+        what is listed is whole."""
         with self.calm():
-            return name in Store(self.root).ids()
+            listed = set(Store(self.root).ids())
+        for name, known in self._untold.items():
+            if name in listed:
+                self.contexts[name] = known
+            else:
+                self.contexts.pop(name, None)
 
     # faults have stopped
 
