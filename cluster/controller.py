@@ -66,12 +66,16 @@ from ringspan.kvstore.fidelity import (
     check_fidelity,
     codec_fidelity,
     fidelity_named,
+    fidelity_of,
 )
 from ringspan.kvstore.folder import Store
+from ringspan.kvstore.forms import second_form
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
 from ringspan.kvstore.manifest import Manifest
+from ringspan.kvstore.page import Origin, PageForm
 from ringspan.kvstore.parity import write_parity_rows
 from ringspan.kvstore.tiers.counters import added
+from ringspan.kvstore.transcode import recoded_form, recoded_origin
 
 BEGIN_TIMEOUT_S = 120.0
 """For ranks to take memory for a shard."""
@@ -80,6 +84,14 @@ DISK_TIMEOUT_S = 3600.0
 TIDY_TIMEOUT_S = 30.0
 CHUNKS_AHEAD = 2
 """Chunks submitted at once: the next one waits at the ranks when one is done."""
+
+
+def _as_opened(manifest: Manifest, codec_name: str) -> tuple[PageForm, Origin]:
+    """Of the pages of a stored context once they lie in a codec (empty: their own)."""
+    if not codec_name:
+        return manifest.form, manifest.origin
+    form = recoded_form(manifest.form, codec_name, f"context {manifest.context_id}")
+    return form, recoded_origin(manifest.origin, manifest.form)
 
 
 class Controller:
@@ -325,10 +337,14 @@ class Controller:
 
     # contexts
 
-    def open(self, name: str, lowest_fidelity: str = "") -> ContextHandle:
+    def open(self, name: str, lowest_fidelity: str = "", codec_name: str = "") -> ContextHandle:
         """Bring a stored context (an id or the beginning of one) to the gang, verified. A context
         that the gang holds already is given back as it is. BadInput for one below the fidelity
-        asked for (`exact`, `8-bit`, ...; empty: any)."""
+        asked for (`exact`, `8-bit`, ...; empty: any).
+
+        codec_name: its pages are to lie in this codec: those of a second form if the store has
+        one, else recoded while they are read. BadInput for one that would keep more than the
+        stored one does."""
         for held in self._contexts:
             if name and held.startswith(name) and (self._store is None or len(name) == len(held)):
                 return self._good_enough(self._contexts[held], lowest_fidelity)
@@ -337,20 +353,27 @@ class Controller:
         manifest = self._known.find_stored(name)
         if manifest.context_id in self._contexts:
             return self._good_enough(self._contexts[manifest.context_id], lowest_fidelity)
-        context = f"context {manifest.context_id}"
-        check_fidelity(context, manifest.form, manifest.origin, lowest_fidelity)
+        context, store = f"context {manifest.context_id}", self._store
+        if codec_name == manifest.codec:
+            codec_name = ""
+        form, origin = _as_opened(manifest, codec_name)
+        if codec_name and (second := second_form(store, manifest, codec_name)) is not None:
+            store, manifest = second
+            codec_name, form, origin = "", manifest.form, manifest.origin
+        check_fidelity(context, form, origin, lowest_fidelity)
         check_model(manifest, self.facts)
         began = time.perf_counter()
         write = self._known.begin(manifest.context_id, manifest.keys, manifest.num_tokens)
         try:
-            manifest, opened, recomputed = self._open_whole(self._store, manifest)
+            manifest, opened, recomputed = self._open_whole(store, manifest, codec_name)
+            form, origin = _as_opened(manifest, codec_name)
             held_bytes = sum(shard.kv_bytes for shard in opened)
             self._known.arrived(
                 write,
                 manifest.context_id,
                 manifest.keys,
-                manifest.form,
-                manifest.fidelity,
+                form,
+                fidelity_of(form, origin),
                 held_bytes,
             )
         except BaseException as error:
@@ -361,10 +384,10 @@ class Controller:
         handle = ContextHandle(
             context_id=manifest.context_id,
             num_tokens=manifest.num_tokens,
-            codec=manifest.codec,
+            codec=form.codec,
             kv_bytes=held_bytes,
             open_s=time.perf_counter() - began,
-            fidelity=manifest.fidelity,
+            fidelity=fidelity_of(form, origin),
             pages=added(shard.pages for shard in opened),
             recomputed=recomputed,
         )
@@ -372,12 +395,12 @@ class Controller:
         return handle
 
     def _open_whole(
-        self, store: Store, manifest: Manifest
+        self, store: Store, manifest: Manifest, codec_name: str = ""
     ) -> tuple[Manifest, list[ShardOpened], int]:
         """On every rank; pages that can be had from nowhere are computed again first: the manifest
         then, the ranks' shards, how many pages that were."""
         try:
-            return manifest, self._open_on_ranks(store, manifest), 0
+            return manifest, self._open_on_ranks(store, manifest, codec_name), 0
         except (CorruptPage, StoreError) as error:
             try:
                 done = recompute_lost(self._gang, store, manifest)
@@ -385,12 +408,15 @@ class Controller:
                 raise type(error)(f"{error}; it could not be computed again: {why}") from error
             if not done.spans:
                 raise
-            return done.manifest, self._open_on_ranks(store, done.manifest), len(done.spans)
+            opened = self._open_on_ranks(store, done.manifest, codec_name)
+            return done.manifest, opened, len(done.spans)
 
-    def _open_on_ranks(self, store: Store, manifest: Manifest) -> list[ShardOpened]:
+    def _open_on_ranks(
+        self, store: Store, manifest: Manifest, codec_name: str = ""
+    ) -> list[ShardOpened]:
         what = f"opening context {manifest.context_id}"
         opened: list[ShardOpened] = self._gang.call(
-            "open", manifest, str(store.root), timeout_s=DISK_TIMEOUT_S, what=what
+            "open", manifest, str(store.root), codec_name, timeout_s=DISK_TIMEOUT_S, what=what
         )
         return opened
 

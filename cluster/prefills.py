@@ -41,6 +41,7 @@ from ringspan.kvstore.shard import GIB, ContextShard
 from ringspan.kvstore.streamed import SLOTS, StreamedShard
 from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
 from ringspan.kvstore.tiers.placement import context_supply
+from ringspan.kvstore.transcode import load_recoded, recoded_form, recoded_origin
 from ringspan.kvstore.transfer import load_shard
 from ringspan.kvstore.write_behind import WriteBehind
 from ringspan.types import Span, coalesce, total_tokens
@@ -308,18 +309,22 @@ class Contexts:
             elapsed_s=time.perf_counter() - began,
         )
 
-    def open(self, manifest: Manifest, root: str) -> ShardOpened:
-        """Reads this rank's share of a stored context; every page is verified before use."""
+    def open(self, manifest: Manifest, root: str, codec_name: str = "") -> ShardOpened:
+        """Reads this rank's share of a stored context; every page is verified before use.
+        codec_name: one to recode the pages to, on the device; empty: as they are."""
         began = time.perf_counter()
         self.drop(manifest.context_id)
         assigned = assign_pages(manifest, self._runtime.spec.world_size)
         records = assigned[self._rank]
         counters = StoreCounters(within=COUNTERS)
-        shard = self._open_shard(manifest, root, records, counters)
+        shard: ContextShard | StreamedShard
+        if codec_name:
+            shard, origin = self._open_recoded(manifest, root, records, counters, codec_name)
+        else:
+            shard = self._open_shard(manifest, root, records, counters)
+            origin = manifest.origin
         held = tuple(coalesce(record.span for record in records) for records in assigned)
-        self._held[manifest.context_id] = HeldContext(
-            shard, manifest.num_tokens, held, manifest.origin
-        )
+        self._held[manifest.context_id] = HeldContext(shard, manifest.num_tokens, held, origin)
         return ShardOpened(
             context_id=manifest.context_id,
             rank=self._rank,
@@ -328,6 +333,28 @@ class Contexts:
             elapsed_s=time.perf_counter() - began,
             pages=counters.snapshot(),
         )
+
+    def _open_recoded(
+        self,
+        manifest: Manifest,
+        root: str,
+        records: Sequence[PageRecord],
+        counters: StoreCounters,
+        codec_name: str,
+    ) -> tuple[ContextShard, Origin]:
+        """In another codec, and the origin of KV that went through both."""
+        runtime, name = self._runtime, _pool_name(manifest.context_id)
+        recoded_form(manifest.form, codec_name, f"context {manifest.context_id}")
+        tokens = sum(record.span.tokens for record in records)
+        shard = runtime.new_shard(name, codec_name, tokens, manifest.page_tokens)
+        try:
+            with on_device(runtime.device):
+                load_recoded(root, manifest, records, shard, counters)
+        except BaseException:
+            del shard
+            runtime.pool.free(name)
+            raise
+        return shard, recoded_origin(manifest.origin, manifest.form)
 
     def _open_shard(
         self,

@@ -123,10 +123,11 @@ class Rank:
         """After the last chunk: what of this rank's pages is not in the staging folder yet."""
         return self.contexts.save(context_id, staging)
 
-    def open(self, manifest: Manifest, root: str) -> ShardOpened:
-        """A stored context, whatever ranks saved it. May be repeated: reads it again."""
+    def open(self, manifest: Manifest, root: str, codec_name: str = "") -> ShardOpened:
+        """A stored context, whatever ranks saved it; codec_name: recoded on the device. May be
+        repeated: reads it again."""
         self.drop(manifest.context_id)
-        return self.contexts.open(manifest, root)
+        return self.contexts.open(manifest, root, codec_name)
 
     def open_surviving(
         self, manifest: Manifest, root: str, without: tuple[Span, ...]

@@ -40,7 +40,7 @@ def _powers() -> list[int]:
 _POWER = _powers()
 _LOG = {value: exponent for exponent, value in enumerate(_POWER)}
 _TABLES: dict[int, np.ndarray] = {}
-"""By factor: its product with every byte."""
+"""By factor: its product with every pair of bytes, uint16 [65536]."""
 
 
 def times(factor: int, data: np.ndarray) -> np.ndarray:
@@ -50,9 +50,13 @@ def times(factor: int, data: np.ndarray) -> np.ndarray:
     if factor not in _TABLES:
         log = _LOG[factor]
         rest = [_POWER[(log + _LOG[value]) % MOST_MEMBERS] for value in range(1, 256)]
-        _TABLES[factor] = np.array([0, *rest], dtype=np.uint8)
-    product: np.ndarray = _TABLES[factor][data]
-    return product
+        ones = np.array([0, *rest], dtype=np.uint16)
+        _TABLES[factor] = (ones[:, None] << 8 | ones).reshape(-1)
+    product = np.zeros(len(data) + len(data) % 2, dtype=np.uint8)
+    product[: len(data)] = data
+    pairs = product.view(np.uint16)  # two bytes with one look-up
+    np.take(_TABLES[factor], pairs, out=pairs, mode="clip")
+    return product[: len(data)]
 
 
 def coefficient(row: int, member: int) -> int:
@@ -64,9 +68,14 @@ def parity(row: int, members: Mapping[int, np.ndarray], size: int) -> np.ndarray
     """The row's sum over the members given (by their index), uint8 [size]."""
     total = np.zeros(size, dtype=np.uint8)
     for index, data in members.items():
-        into = total[: len(data)]
-        np.bitwise_xor(into, times(coefficient(row, index), data), out=into)
+        add_member(total, row, index, data)
     return total
+
+
+def add_member(total: np.ndarray, row: int, member: int, data: np.ndarray) -> None:
+    """One more member into a row's sum, in place."""
+    into = total[: len(data)]
+    np.bitwise_xor(into, times(coefficient(row, member), data), out=into)
 
 
 def rebuild(

@@ -41,7 +41,7 @@ class Fidelity(IntEnum):
 ANY = Fidelity.TWO_BIT
 """What every page has."""
 
-_ATTENDED = re.compile(r"attended over (\S+) pages")
+_ATTENDED = re.compile(r"(?:attended over|decoded from) (\S+) pages")
 
 
 def fidelity_named(name: str) -> Fidelity:
@@ -55,6 +55,11 @@ def fidelity_named(name: str) -> Fidelity:
 def attended_over(codec_name: str) -> str:
     """The provenance of KV computed over this codec's decoded pages."""
     return f"attended over {codec_name} pages"
+
+
+def decoded_from(codec_name: str) -> str:
+    """The provenance of KV that was decoded from this lossy codec's pages and encoded again."""
+    return f"decoded from {codec_name} pages"
 
 
 def codec_fidelity(

@@ -21,8 +21,9 @@ import xxhash
 
 from ringspan.errors import CorruptPage, UnknownName
 from ringspan.kvstore.codecs import cachegen, cold
+from ringspan.kvstore.fidelity import decoded_from
 from ringspan.kvstore.page import Page, PageHeader, page_name, verify_header, verify_payload
-from ringspan.kvstore.transcode import decoded_from, resealed
+from ringspan.kvstore.transcode import resealed
 
 if TYPE_CHECKING:
     from ringspan.kvstore.page import PageForm

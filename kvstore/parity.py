@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +31,7 @@ import numpy as np
 import xxhash
 
 from ringspan.errors import BadInput, CorruptPage, StoreError
-from ringspan.kvstore.erasure import MOST_MEMBERS, MOST_ROWS, parity
+from ringspan.kvstore.erasure import MOST_MEMBERS, MOST_ROWS, add_member
 from ringspan.kvstore.frame import ALIGN, aligned, is_zero
 from ringspan.kvstore.page import payload_digest
 from ringspan.kvstore.segment import read_into, store_error
@@ -47,6 +49,8 @@ VERSION = 1
 MAGIC = b"RSPANPY\n"
 GROUP_PAGES = 8
 """Of a stripe where one rank holds everything: parity takes an eighth."""
+WRITERS = min(8, os.cpu_count() or 1)
+"""Threads; each reads, verifies and sums a stripe at a time, at 1 to 2 GB/s."""
 
 _PREFIX = struct.Struct("<8sII")
 _HEAD_BYTES = _PREFIX.size + 16
@@ -93,6 +97,8 @@ class ParityFrame(NamedTuple):
 
 
 Stripe = tuple["PageRecord", ...]
+_Parts = tuple[bytes, memoryview, bytes]
+"""Of a frame: head, payload, zeros."""
 
 
 def check_rows(rows: int) -> None:
@@ -137,11 +143,15 @@ def write_parity(path: Path, supply: Supply, wanted: Iterable[tuple[Stripe, int]
     then gone.
     """
     written = 0
+    pool = ThreadPoolExecutor(WRITERS, "parity")
     try:
         with open(path, "xb") as file:
-            for stripe, row in wanted:
-                for part in _frame(supply, stripe, row):
-                    written += file.write(part)
+            pending: deque[Future[_Parts]] = deque()
+            for job in (*wanted, None):
+                while pending and (job is None or len(pending) >= WRITERS):
+                    written += sum(file.write(part) for part in pending.popleft().result())
+                if job is not None:
+                    pending.append(pool.submit(_frame, supply, *job))
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
@@ -149,18 +159,22 @@ def write_parity(path: Path, supply: Supply, wanted: Iterable[tuple[Stripe, int]
         if isinstance(error, OSError):
             raise store_error(error, "cannot write parity to", path, written) from None
         raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     if not written:
         path.unlink()
     return written
 
 
-def _frame(supply: Supply, stripe: Stripe, row: int) -> tuple[bytes, memoryview, bytes]:
-    payloads: dict[int, np.ndarray] = {}
+def _frame(supply: Supply, stripe: Stripe, row: int) -> _Parts:
+    size = max(record.payload_bytes for record in stripe)
+    room = memoryview(bytearray(aligned(size)))
+    total = np.zeros(size, dtype=np.uint8)
     members: list[ParityMember] = []
     for index, record in enumerate(stripe):
-        room = memoryview(bytearray(aligned(record.payload_bytes)))
-        header = supply.page(record, room).header
-        payloads[index] = np.frombuffer(room, dtype=np.uint8)[: record.payload_bytes]
+        page = room[: aligned(record.payload_bytes)]
+        header = supply.page(record, page).header
+        add_member(total, row, index, np.frombuffer(page, dtype=np.uint8)[: record.payload_bytes])
         members.append(
             ParityMember(
                 header.key,
@@ -170,16 +184,14 @@ def _frame(supply: Supply, stripe: Stripe, row: int) -> tuple[bytes, memoryview,
                 header.origin.provenance,
             )
         )
-    size = max(record.payload_bytes for record in stripe)
-    payload = parity(row, payloads, size).data
     head = ParityHeader(
         context_id=supply.manifest.context_id,
         row=row,
         members=tuple(members),
         payload_bytes=size,
-        xxh3=payload_digest(payload),
+        xxh3=payload_digest(total.data),
     )
-    return encode_parity_head(head), payload, bytes(aligned(size) - size)
+    return encode_parity_head(head), total.data, bytes(aligned(size) - size)
 
 
 def encode_parity_head(header: ParityHeader) -> bytes:

@@ -25,7 +25,7 @@ from ringspan.attention.kv import cut_units, unit_tokens
 from ringspan.errors import BadInput
 from ringspan.kvstore.codecs.registry import codec
 from ringspan.kvstore.dtypes import dtype_of
-from ringspan.kvstore.fidelity import codec_fidelity
+from ringspan.kvstore.fidelity import codec_fidelity, decoded_from
 from ringspan.kvstore.frame import aligned
 from ringspan.kvstore.page import Page, page_form, payload_digest, verify_sums
 from ringspan.kvstore.planes import bytes_tensor, payload_sums
@@ -51,11 +51,6 @@ Progress = Callable[[int, int], None]
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
-
-
-def decoded_from(codec_name: str) -> str:
-    """The provenance of KV that was decoded from this lossy codec's pages and encoded again."""
-    return f"decoded from {codec_name} pages"
 
 
 def recoded_form(form: PageForm, codec_name: str, what: str = "the context") -> PageForm:

@@ -34,6 +34,7 @@ from ringspan.deploy.bench.store_peers import MODES, Mooncake, fio
 from ringspan.deploy.machine import Hardware, hardware, versions
 
 MEMORY = Path("/dev/shm")
+SAVED = "saved prefill"
 TARGETS = {"Mooncake": 2.0, "fio": 0.8, "pinned copy": 0.85}
 """The rate of ours over theirs that must be reached."""
 
@@ -227,12 +228,10 @@ def _prefill(asked: Asked, stored: Stored, scratch: Path) -> Iterator[StoreRow]:
     timings = _Timings(asked, stored)
     made = roads.Prefills(asked.model, asked.tokens, asked.ranks, asked.device, scratch)
     with made as prefills:
-        timings.take(
-            {"saved prefill": prefills.saved, "without a store saved prefill": prefills.plain}
-        )
+        timings.take({SAVED: prefills.saved, f"without a store {SAVED}": prefills.plain})
         note = prefills.text
         payload_bytes = prefills.payload_bytes
-    row = timings.row("saved prefill", "without a store", note)
+    row = timings.row(SAVED, "without a store", note)
     yield msgspec.structs.replace(row, payload_bytes=payload_bytes, page_bytes=prefills.page_bytes)
 
 

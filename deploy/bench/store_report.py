@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ringspan.deploy.bench.plots import DPI, HEIGHT, WIDTH, check_matplotlib
-from ringspan.deploy.bench.store import StoreRow
+from ringspan.deploy.bench.store import SAVED, StoreRow
 
 HEAD = (
     "what", "GB/s", "ms", "min to max", "against", "GB/s", "ratio", "min to max", "at least", "",
@@ -80,6 +80,8 @@ def draw(rows: Sequence[StoreRow], folder: Path) -> Path:
 
     bars: list[tuple[str, float, str]] = []
     for row in rows:
+        if row.what == SAVED:
+            continue  # the rate of a model, not of the store
         if not any(label == row.what for label, _, _ in bars):
             bars.append((row.what, row.gb_per_s, "C0"))
         if row.against_seconds is not None:

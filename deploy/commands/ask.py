@@ -31,6 +31,10 @@ Context = Annotated[str, typer.Argument(help="A context's id, or the beginning o
 Questions = Annotated[
     list[str] | None, typer.Argument(help="Questions; without any they are read from stdin.")
 ]
+InCodec = Annotated[
+    str | None,
+    typer.Option("--codec", help="Hold the context in this codec; default: as it is stored."),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Of one answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample within this share of probability.")]
@@ -50,6 +54,7 @@ def ask(
     question: Questions = None,
     store: options.Store = options.DEFAULT_STORE,
     ranks: options.Ranks = None,
+    codec: InCodec = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -100,7 +105,7 @@ def ask(
         record.ranks = gang.ready
         controller = Controller(gang, folder)
         with record.phase("open"):
-            handle = controller.open(manifest.context_id, fidelity)
+            handle = controller.open(manifest.context_id, fidelity, codec or "")
         _say_roads(handle)
         sampling = Sampling(max_tokens, temperature, top_p, seed)
         if together and not chat and len(given) > 1:

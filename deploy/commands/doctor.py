@@ -40,6 +40,13 @@ NeedleStore = Annotated[
 ReopenRanks = Annotated[
     int | None, typer.Option("--reopen-ranks", help="Ranks that open it again; default: --ranks.")
 ]
+StoreFaults = Annotated[
+    int | None,
+    typer.Option("--store-faults", help="Only: N faults on purpose around a simulated KV store."),
+]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Of --store-faults: the same seed, the same run.")
+]
 NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Measure no speeds.")]
 
 
@@ -61,6 +68,8 @@ def doctor(
     store: NeedleStore = None,
     reopen_ranks: ReopenRanks = None,
     no_speed: NoSpeed = False,
+    store_faults: StoreFaults = None,
+    seed: Seed = 0,
     local: options.Local = False,
     timeout: options.Timeout = 60.0,
     json: options.Json = None,
@@ -78,6 +87,10 @@ def doctor(
         threads=threads,
         timeout_s=timeout,
     )
+    if store_faults is not None:
+        with recording(json, asked):
+            _break_the_store(store_faults, seed)
+        return
     with recording(json, asked) as record:
         check_plan_names(codec, scheme, layout)
         check_gang(spec, local)
@@ -128,6 +141,32 @@ def doctor(
                 f" positions {where}{', ...' if len(found.missed_positions) > 8 else ''});"
                 " with codec raw and margin 1 this means that KV was lost or damaged"
             )
+
+
+def _break_the_store(num_faults: int, seed: int) -> None:
+    if num_faults < 1:
+        raise BadInput(f"--store-faults {num_faults}: wanted at least 1")
+    import logging
+
+    import torch
+
+    from ringspan.kvstore.faults.simulate import simulate
+
+    logging.getLogger("ringspan.kvstore.journal").setLevel(logging.ERROR)  # it is cut all the time
+    torch.set_num_threads(1)
+    report = simulate(num_faults, seed)
+    print(f"faults     {report.num_faults:,} in {report.steps:,} steps, seed {seed}")
+    for kind, count in report.faults.items():
+        print(f"  {kind:26} {count:10,}")
+    print("became")
+    for what, count in report.counts.items():
+        print(f"  {what:26} {count:10,}")
+    print(
+        f"repairs    {report.repairs:,}, {report.repair_mean_s:.3f} s each, the longest"
+        f" {report.repair_max_s:.3f} s (simulated time)"
+    )
+    print(f"wrong KV   {report.wrong} pages served; {report.lost} contexts lost that need not be")
+    print(f"time       {report.elapsed_s:.1f} s for {report.simulated_s:,.0f} simulated s")
 
 
 def _retriever(heads: str, margin: float) -> str:

@@ -95,8 +95,8 @@ def unpack(form: PageForm, tokens: int, stored: memoryview) -> memoryview:
         for b in range(width if count else 0):
             planes[:, b], at = cold.next_plane(stored, at, count, f"byte {b} of {name}")
         sides.append(planes.view(kind).reshape(count))
-    steps, small, anchors, model, escaped = sides
-    small = small.reshape(*shape[1:3], tokens)
+    steps, octaves, anchors, model, escaped = sides
+    small = octaves.reshape(*shape[1:3], tokens)
     if (
         not (np.isfinite(steps) & (steps > 0)).all()
         or (small > 0).any()

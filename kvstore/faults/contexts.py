@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 
@@ -183,8 +182,8 @@ def open_context(
     for records in assign_pages(manifest, world_size):
         if records:
             shard = _shard(known.codec, sum(record.span.tokens for record in records))
-            supply = context_supply(root, manifest, records, counters)
-            load_shard(root, manifest, records, shard, 1, supply=supply, repair=repair)
+            with context_supply(root, manifest, records, counters) as supply:
+                load_shard(root, manifest, records, shard, 1, supply=supply, repair=repair)
             found.append((at, shard))
         at += len(records)
     return found
@@ -205,7 +204,3 @@ def wrong_pages(known: Known, opened: Sequence[tuple[int, ContextShard]]) -> lis
 def copies_exist(known: Known, places: Sequence[bytes]) -> bool:
     """Whether the bytes of every page lie somewhere in `places`."""
     return all(any(payload in place for place in places) for payload in known.payloads)
-
-
-def as_placed(manifest: Manifest, pages: tuple[PageRecord, ...]) -> Manifest:
-    return msgspec.structs.replace(manifest, pages=pages)

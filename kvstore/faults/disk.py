@@ -59,8 +59,8 @@ class SimDisk:
         self._synced: dict[Inode, bytes] = {}
         self._names: list[dict[str, Inode | None]] = [self._tree()]
         """States that a power cut may leave, oldest first; None: a folder."""
-        self.forget_syncs = False
-        """For a test that the simulator sees it: fsync does nothing."""
+        self.forget_syncs = ""
+        """For a test that the simulator sees it: fsync below this folder does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -91,7 +91,7 @@ class SimDisk:
         if mode[0] != "r":
             self._fail(draw, "disk full", errno.ENOSPC, path)
         self._fail(draw, "disk error", errno.EIO, path)
-        file: IO[Any] = open(path, mode, *args, **kwargs)
+        file: IO[Any] = open(path, mode, *args, **kwargs)  # noqa: SIM115
         if mode[0] != "r":
             self._note_names()
         return file
@@ -118,10 +118,10 @@ class SimDisk:
         if self.mortal and self._chance.strikes(draw, "kill"):
             os.pwrite(fd, data[:some], offset)
             self._kill(draw, f"{some} of {len(data)} bytes into a write to {path}")
-        if path.endswith(FRAMES) or "slab-" in path:
-            if data and self._chance.strikes(draw, "flip in flight"):
-                self._chance.count("flip in flight", f"on the way to {path} at byte {offset}")
-                data = flipped(data, draw)
+        frames = bool(data) and (path.endswith(FRAMES) or "slab-" in path)
+        if frames and self._chance.strikes(draw, "flip in flight"):
+            self._chance.count("flip in flight", f"on the way to {path} at byte {offset}")
+            data = flipped(data, draw)
         return os.pwrite(fd, data, offset)
 
     def preadv(self, fd: int, parts: Sequence[Any], offset: int) -> int:
@@ -153,7 +153,7 @@ class SimDisk:
         draw = self._enter("fsync", path)
         self._fail(draw, "disk full", errno.ENOSPC, path)  # blocks are found when they are written
         self._fail(draw, "disk error", errno.EIO, path)
-        if self.forget_syncs:
+        if self.forget_syncs and path.startswith(self.forget_syncs):
             return
         found = os.fstat(fd)
         if os.path.isdir(f"/proc/self/fd/{fd}"):
@@ -238,7 +238,7 @@ class SimDisk:
 
     def _now(self) -> Picture:
         names = self._tree()
-        files = {
+        files: dict[str, tuple[bytes, Inode | None]] = {
             path: ((self.root / path).read_bytes(), inode)
             for path, inode in names.items()
             if inode is not None
@@ -304,7 +304,10 @@ class SimDisk:
             if old in self._synced:
                 self._synced[new] = self._synced.pop(old)
         self._names = [
-            {path: inode if inode is None else moved.get(inode, inode) for path, inode in at.items()}
+            {
+                path: inode if inode is None else moved.get(inode, inode)
+                for path, inode in at.items()
+            }
             for at in self._names
         ]
 
@@ -315,7 +318,7 @@ class SimDisk:
         return sorted(path for path, inode in self._tree().items() if inode is not None)
 
     def flip(self, path: str, draw: random.Random) -> bool:
-        """A bit of a file at rest turns over, on the disk as in the cache; no time is kept of it."""
+        """A bit of a file at rest turns over, on disk and in the cache; no time of it is kept."""
         place = self.root / path
         data = place.read_bytes()
         if not data:

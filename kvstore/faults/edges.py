@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ringspan.kvstore import audit as audits
 from ringspan.kvstore import (
     folder,
     index_copy,
@@ -28,7 +29,6 @@ from ringspan.kvstore import (
     transfer,
     write_behind,
 )
-from ringspan.kvstore import audit as audits
 from ringspan.kvstore.faults.chance import Chance
 from ringspan.kvstore.faults.disk import SimDisk
 from ringspan.kvstore.faults.host import HostOs, SimHost
@@ -38,11 +38,12 @@ from ringspan.kvstore.tiers import host as host_tier
 from ringspan.kvstore.tiers import placement, quarantine, remote, slabs
 
 ON_DISK = (
-    disk_tier, folder, host_tier, index_copy, journal, parity, placement, quarantine, repair, segment, staging,
+    disk_tier, folder, host_tier, index_copy, journal, parity, placement, quarantine, repair,
+    segment, staging,
 )  # fmt: skip
 OPENING = (folder, index_copy, parity, placement, repair, segment)
 NAMING = (folder, index_copy, leases, remote, repair, slabs, staging)
-THREADED = (audits, host_tier, transfer, write_behind)
+THREADED = (audits, host_tier, parity, transfer, write_behind)
 
 
 class Inline:

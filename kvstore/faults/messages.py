@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ringspan.errors import BadInput, RingspanError, StoreError, UnknownName
-from ringspan.kvstore.catalog import Catalog
 from ringspan.kvstore.directory import Directory
 from ringspan.kvstore.faults.chance import Killed
+from ringspan.kvstore.faults.told import Reading, Said, Told, twin_of
 from ringspan.kvstore.journal import Journal
 from ringspan.kvstore.leases import Lease, StaleHandle, StartedAnew
 from ringspan.kvstore.records import AnyRecord, PageEntry, Referred, Released, Shelf, Tier
@@ -30,52 +30,6 @@ SPACES = ("space-a", "space-b")
 HOLDERS = ("gang-0", "gang-1", "host-0")
 HISTORY = 200
 """Messages that may come again, however late."""
-
-
-class Said(NamedTuple):
-    """A message of a holder."""
-
-    method: str
-    holder: str
-    epoch: int
-    args: tuple[Any, ...]
-
-
-class Reading(NamedTuple):
-    """A lease and until when its reader relies on it, by the reader's clock."""
-
-    lease: Lease
-    until_s: float
-    run: int
-    """Of the directory, that gave it."""
-
-
-class Told:
-    """What must be so; see the module."""
-
-    def __init__(self) -> None:
-        self.epochs: dict[str, int] = {}
-        self.given: set[int] = set()
-        self.whole: dict[tuple[str, int, str, Shelf], set[str]] = {}
-        self.refs: dict[tuple[str, int, str], tuple[str, str]] = {}
-        self.released: set[tuple[str, int, str]] = set()
-
-    def joined(self, holder: str, epoch: int) -> None:
-        self.epochs[holder] = epoch
-        self.given.add(epoch)
-        self.whole = {at: keys for at, keys in self.whole.items() if at[0] != holder}
-        self.refs = {ref: at for ref, at in self.refs.items() if ref[0] != holder}
-
-    def referred(self, holder: str, epoch: int, ref: str, space: str, context: str) -> None:
-        if (holder, epoch, ref) not in self.released:
-            self.refs.setdefault((holder, epoch, ref), (space, context))
-
-    def done(self, holder: str, epoch: int, ref: str) -> None:
-        self.refs.pop((holder, epoch, ref), None)
-        self.released.add((holder, epoch, ref))
-
-    def references(self, space: str, context: str) -> int:
-        return sum(at == (space, context) for at in self.refs.values())
 
 
 class Talk:
@@ -163,7 +117,8 @@ class Talk:
                 self._say(Said("stage", holder, epoch, (name, space, shelf, entries)))
         if draw.random() < 0.15:  # the writer dies in the middle of it
             self._chance.count("kill", f"{holder} within write {name}")
-            self._join(holder)
+            if draw.random() < 0.5:
+                self._join(holder)  # else it takes its time, and what it staged lies there
             return
         self.told.whole.setdefault((holder, epoch, space, shelf), set()).update(keys)
         self._say(Said("publish", holder, epoch, (name, len(keys))))
@@ -280,9 +235,7 @@ class Talk:
     def _deliver(self, everything: bool) -> None:
         draw, now_s = self._chance.random, self._chance.monotonic_s
         due = [said for at_s, said in self._pool if everything or at_s <= now_s]
-        self._pool = [
-            (at_s, said) for at_s, said in self._pool if not everything and at_s > now_s
-        ]
+        self._pool = [(at_s, said) for at_s, said in self._pool if not everything and at_s > now_s]
         for at in range(len(due) - 1):
             if draw.random() < 0.15:
                 self._chance.count("message overtaken", due[at].method)
@@ -370,7 +323,7 @@ class Talk:
         return False
 
     def _would_be(self, before: tuple[AnyRecord, ...], said: Said) -> tuple[AnyRecord, ...]:
-        twin = _twin(before)
+        twin = twin_of(before)
         try:
             self._call(twin, said)
         except RingspanError:
@@ -462,15 +415,3 @@ class Talk:
         except StaleHandle:
             return
         raise self._chance.broken(f"{lease} is over and counts")
-
-
-def _twin(records: tuple[AnyRecord, ...]) -> Directory:
-    """A directory in this state, without a journal."""
-    twin = Directory()
-    catalog = Catalog()
-    for record in records:
-        catalog.apply(record)
-    twin._catalog = catalog
-    return twin
-
-

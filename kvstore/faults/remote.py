@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec  # type: ignore[import-untyped, unused-ignore]
 
 from ringspan.kvstore.faults.chance import Chance, flipped
 from ringspan.kvstore.faults.disk import SimDisk
@@ -55,7 +55,7 @@ class Objects:
         self._chance.count("flip at rest", f"remote {path}")
 
 
-class SimRemote(fsspec.AbstractFileSystem):  # type: ignore[misc]
+class SimRemote(fsspec.AbstractFileSystem):  # type: ignore[misc, unused-ignore]
     """What `RemoteTier` uses of a file system."""
 
     protocol = PROTOCOL

@@ -215,7 +215,7 @@ STEPS: list[tuple[Step, int]] = [
     (Run.cut_power, 1),
     (Run.kill_host, 1),
     (Run.set_clock, 2),
-    (Run.messages, 20),
+    (Run.messages, 32),
 ]
 """What may happen, and how often."""
 

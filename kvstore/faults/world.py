@@ -29,7 +29,7 @@ from ringspan.kvstore.faults.contexts import (
     prefill,
     wrong_pages,
 )
-from ringspan.kvstore.faults.disk import SimDisk
+from ringspan.kvstore.faults.disk import FRAMES, SimDisk
 from ringspan.kvstore.faults.host import SimHost
 from ringspan.kvstore.faults.remote import URL, Objects
 from ringspan.kvstore.folder import Store
@@ -77,6 +77,8 @@ class World:
         """Simulated time of each repair."""
         self._untold: dict[str, Known] = {}
         """Written or removed by processes that did not live to hear that it was done."""
+        self._rotted: set[str] = set()
+        """Contexts of which a file that is no segment has lost a bit."""
         self.beside: list[Beside] = []
 
     # processes
@@ -320,7 +322,13 @@ class World:
             raise self.chance.broken(
                 f"context {known.name} is lost ({why}), though every page of it exists"
             )
-        left = "no whole index" if not self._is_indexed(store, known) else "no page or token left"
+        indexed = self._is_indexed(store, known)
+        if not indexed and known.name not in self._rotted:
+            self.counts["lost"] += 1
+            raise self.chance.broken(
+                f"context {known.name} is lost ({why}), though no bit of its index turned over"
+            )
+        left = "no page or token left" if indexed else "no whole index"
         self.counts[f"gone with {left}"] += 1
         store.remove(known.name)
         del self.contexts[known.name]
@@ -353,7 +361,10 @@ class World:
         files = [path for path in self.disk.files() if path.startswith("store/contexts/")]
         files = [path for path in files if not path.endswith(PLAIN)]
         if files:
-            self.disk.flip(draw.choice(files), draw)
+            path = draw.choice(files)
+            self.disk.flip(path, draw)
+            if not path.endswith(FRAMES):
+                self._rotted.add(path.split("/")[2])
 
     def random_context(self) -> Known:
         """New, or with a beginning that another one has too."""

@@ -3,7 +3,7 @@
     length (u32, of what follows)  msgpack  crc32 (u32) of the msgpack              little-endian
 
 Payloads never go this way, they lie in slabs that both sides map. Every request has one reply. A
-place with a bit flipped would be another page's, so a message whose sum differs ends the connection.
+place with a bit flipped would be another page's: a message whose sum differs ends the connection.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def test_deep_verify_of_a_damaged_context_says_to_repair_it(store):
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt-oss"])
 def test_pages_are_computed_again_under_windows_sinks_and_caps(store, family):
-    """Rows in the middle of held positions, the window shorter than a gap's distance to its ends."""
+    """Rows in the middle of held positions, some of whose keys no window reaches."""
     spec = GangSpec(
         world_size=3,
         model=ModelSpec(name=f"random:tiny-{family}", dtype="float32"),

@@ -21,7 +21,7 @@ from ringspan.kvstore.export import export_context
 from ringspan.kvstore.importing import import_context
 from ringspan.kvstore.testing import make_context
 
-MUTATIONS = 2400
+MUTATIONS = 2100
 ABSURD = (0, 1, 0x7F, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 MOST_BYTES = 8 << 20
 """What an import of these small files may allocate, whatever they say of themselves."""

@@ -11,10 +11,10 @@ from ringspan.errors import BadInput, CorruptPage
 from ringspan.kvstore import packed
 from ringspan.kvstore.codecs import cachegen, rans
 from ringspan.kvstore.dtypes import dtype_of
+from ringspan.kvstore.fidelity import decoded_from
 from ringspan.kvstore.page import Origin, verify_page
 from ringspan.kvstore.planes import bytes_tensor
 from ringspan.kvstore.testing import make_shards
-from ringspan.kvstore.transcode import decoded_from
 
 ORIGIN = Origin(
     fingerprint="ab" * 32,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from ringspan.kvstore import supply, transfer
@@ -22,7 +24,7 @@ KINDS = {
     "message overtaken", "message twice", "power cut", "remote error", "short read", "short write",
     "wire delay", "wire drop", "wire flip", "wire reset",
 }  # fmt: skip
-"""That every long run must have met."""
+"""That must have been met."""
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +37,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"seed{seed}")
-def test_no_wrong_kv_is_served_and_no_context_is_lost(seed):
-    report = simulate(FAULTS, seed)
-    assert report.num_faults >= FAULTS
-    assert (report.wrong, report.lost) == (0, 0)
-    assert set(report.faults) >= KINDS
-    assert report.counts["reads"] > 300
+def test_no_wrong_kv_is_served_and_no_context_is_lost_in_ten_thousand_faults():
+    kinds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for seed in SEEDS:
+        report = simulate(FAULTS, seed)
+        assert (report.wrong, report.lost) == (0, 0)
+        assert 0 < report.repair_mean_s <= report.repair_max_s < 60.0
+        kinds.update(report.faults)
+        counts.update(report.counts)
+    assert kinds.total() >= 10_000
+    assert set(kinds) >= KINDS
+    assert counts["reads"] > 500
     for became in ("refused", "repaired", "recomputed", "repaired by parity"):
-        assert report.counts[became] > 0, became
-    assert 0 < report.repair_mean_s <= report.repair_max_s < 60.0
+        assert counts[became] > 0, became
 
 
 def test_a_seed_gives_the_same_run_again():
@@ -56,15 +62,23 @@ def test_a_seed_gives_the_same_run_again():
 # that it would see it
 
 
-def until_broken(prepared=None, seeds=range(6), faults=800) -> str:
+def until_broken(prepared=None, seeds=range(6), faults=1000) -> str:
+    """What the simulator says, from the first seed that meets it."""
     for seed in seeds:
-        try:
-            simulate(faults, seed, prepared)
-        except Broken as broken:
-            assert f"seed {seed}, step" in str(broken)
-            assert 1 <= str(broken).count("\n  step ") <= 20
-            return str(broken)
+        said = broken_by(seed, prepared, faults)
+        if said:
+            assert f"seed {seed}, step" in said
+            assert 1 <= said.count("\n  step ") <= 20
+            return said
     pytest.fail("the simulator saw nothing")
+
+
+def broken_by(seed, prepared, faults) -> str:
+    try:
+        simulate(faults, seed, prepared)
+    except Broken as broken:
+        return str(broken)
+    return ""
 
 
 def test_it_sees_pages_that_are_served_unverified(monkeypatch):
@@ -75,10 +89,16 @@ def test_it_sees_pages_that_are_served_unverified(monkeypatch):
 
 def test_it_sees_a_publish_before_its_files_are_on_the_disk():
     def forget_syncs(run: Run) -> None:
-        run.world.disk.forget_syncs = True
+        run.world.disk.forget_syncs = "store/staging"
 
-    said = until_broken(forget_syncs)
-    assert "published, is gone" in said or "has forgotten what it had answered" in said
+    assert "though no bit of its index turned over" in until_broken(forget_syncs)
+
+
+def test_it_sees_a_journal_that_is_not_synced():
+    def forget_syncs(run: Run) -> None:
+        run.world.disk.forget_syncs = "directory.journal"
+
+    assert "has forgotten what it had answered" in until_broken(forget_syncs)
 
 
 def test_it_sees_a_page_that_is_visible_before_it_is_whole(monkeypatch):
@@ -92,9 +112,7 @@ def test_it_sees_a_page_that_is_visible_before_it_is_whole(monkeypatch):
 
 
 def test_it_sees_an_epoch_that_is_over_and_counts(monkeypatch):
-    monkeypatch.setattr(
-        Directory, "_alive", lambda self, name, epoch: self._catalog.holders[name]
-    )
+    monkeypatch.setattr(Directory, "_alive", lambda self, name, epoch: self._catalog.holders[name])
     assert "of an epoch that is over" in until_broken()
 
 
