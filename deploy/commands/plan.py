@@ -166,7 +166,7 @@ def plan(
         raise TooLarge(
             f"nothing fits {_gib(made.memory_bytes)} a device; the least is"
             f" {_gib(least.memory_bytes)} ({least.scheme}, chunks of {least.chunk_tokens:,}): use"
-            f" more ranks{or_smaller(codec)}, or fewer tokens"
+            f" fewer tokens, more ranks{or_smaller(codec)}"
         )
 
 

@@ -14,7 +14,7 @@ from ringspan.deploy.commands import options
 from ringspan.deploy.commands.options import DEFAULT_STORE, Store
 from ringspan.deploy.gangs import open_gang
 from ringspan.deploy.progress import Meter, bytes_words, meter
-from ringspan.errors import BadInput, CorruptPage, RingspanError
+from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -123,8 +123,10 @@ def repair(
     if parity is not None:
         check_rows(parity)
     folder = _folder(store)
-    manifest = folder.manifest(context)
-    name = manifest.context_id
+    name = folder.find(context)
+    for file in _mend_index(folder, name):
+        print(f"{file} was restored from its copy")
+    manifest = folder.manifest(name)
     report = _audit(folder, name)
     _tell(report)
     if report.problems:
@@ -148,6 +150,18 @@ def repair(
         raise CorruptPage(f"context {name} is not whole after its repair")
     what = "is whole again" if not report.ok else "is whole"
     print(f"context {name} {what}: {again.num_pages:,} pages, {bytes_words(again.payload_bytes)}")
+
+
+def _mend_index(folder: StoreFolder, name: str) -> tuple[str, ...]:
+    from ringspan.kvstore.index_copy import mend_index
+
+    try:
+        return mend_index(folder.root / "contexts" / name)
+    except StoreError as error:
+        raise CorruptPage(
+            f"{error}, and neither is its copy; nothing can be repaired without it: remove it "
+            "(ringspan contexts rm) and prefill again"
+        ) from None
 
 
 def _mend(folder: StoreFolder, manifest: Manifest, report: VerifyReport, spec: GangSpec) -> Mended:

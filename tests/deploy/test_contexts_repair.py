@@ -114,10 +114,24 @@ def test_what_cannot_be_repaired_changes_nothing(
     damage("store", 4)
     folder = Path("store") / "contexts" / name_in("store")
     (folder / "tokens.npy").unlink()
+    (folder / "index.copy").unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert run("store", "repair", *GANG) == 1
     assert "nothing can be repaired without it" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_lost_tokens_come_back_from_their_copy(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path("store") / "contexts" / name_in("store")
+    before = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").write_bytes(before[:-9])
+    assert run("store", "verify") == 1
+    assert run("store", "repair") == 0
+    assert "tokens.npy was restored from its copy" in capsys.readouterr().out
+    assert (folder / "tokens.npy").read_bytes() == before
+    assert run("store", "verify") == 0
 
 
 def test_a_whole_context_stays_as_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def test_nothing_that_fits_is_told_with_the_least(capsys: pytest.CaptureFixture[
     assert cli.run([*H200, "--memory-gib", "20", "--scheme", "ring"]) == 2
     said = capsys.readouterr()
     assert "nothing fits" in said.err
-    assert "use more ranks, --codec int8" in said.err
+    assert "use fewer tokens, more ranks, or --codec int8" in said.err
     assert " no\n" in said.out
 
 
