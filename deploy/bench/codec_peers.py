@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ringspan.errors import BadInput, RingspanError
+from ringspan.errors import RingspanError
 
 PACKAGES = (
     "torch==2.13.0",
@@ -31,6 +30,7 @@ PACKAGES = (
     "accelerate==1.15.0",
     "numpy",
 )
+MODULES = "torch, transformers, hqq, optimum.quanto"
 TIMEOUT_S = 3600.0
 """For one cache's run."""
 
@@ -70,34 +70,6 @@ class PeerDone(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     bits: tuple[float, ...]
     """Per element of K and V: after the prefill, then after each block."""
-
-
-def make_environment(folder: str | Path) -> Path:
-    """A virtual environment in `folder` with the peers' packages; gives its interpreter."""
-    python = Path(folder) / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [str(python), "-m", "pip", "install", "-q", *PACKAGES]
-    if subprocess.run(install, check=False).returncode:
-        raise RingspanError(f"pip could not install {', '.join(PACKAGES)} into {folder}; see above")
-    return python
-
-
-def check_peers(python: Path) -> None:
-    """Refuse before the run rather than within it."""
-    wanted = "import torch, transformers, hqq, optimum.quanto"
-    try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", wanted], capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise BadInput(f"--peers-python {python}: {error.strerror}; wanted a Python") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BadInput(
-            f"--peers-python {python} lacks what the peers need ({last}); make an environment with "
-            "--make-peers FOLDER"
-        )
 
 
 def run_peers(python: Path, job: PeerJob) -> Iterator[PeerDone]:

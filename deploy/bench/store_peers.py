@@ -15,7 +15,6 @@ import mmap
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,9 +23,11 @@ from types import TracebackType
 
 import msgspec
 
-from ringspan.errors import BadInput, RingspanError
+from ringspan.errors import RingspanError
 
 PACKAGES = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "numpy")
+MODULES = "mooncake.store, numpy"
+OF_THE_SYSTEM = ", and install libibverbs1 librdmacm1 libnuma1"
 TIMEOUT_S = 300.0
 """For one command of Mooncake's process, or one run of fio."""
 
@@ -49,36 +50,6 @@ MODES: dict[str, tuple[str, dict[str, str]]] = {
 }
 """By its name in the rows: who holds the pages, and the settings. Only the first two keep pages in
 another process, as a store does; its checksums (CRC-64) are off unless asked for."""
-
-
-def make_environment(folder: str | Path) -> Path:
-    """A virtual environment in `folder` with the peers' packages; gives its interpreter."""
-    python = Path(folder) / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install = [str(python), "-m", "pip", "install", "-q", *PACKAGES]
-    if subprocess.run(install, check=False).returncode:
-        raise RingspanError(f"pip could not install {', '.join(PACKAGES)} into {folder}; see above")
-    return python
-
-
-def check_peers(python: Path) -> None:
-    """Refuse before the run rather than within it."""
-    try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", "import mooncake.store, numpy"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError as error:
-        raise BadInput(f"--peers-python {python}: {error.strerror}; wanted a Python") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BadInput(
-            f"--peers-python {python} lacks what Mooncake needs ({last}); make an environment with "
-            "--make-peers FOLDER, and install libibverbs1 librdmacm1 libnuma1"
-        )
 
 
 class Mooncake:

@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ringspan.deploy.bench.peers_environment import (
+    MakePeers,
+    PeersPython,
+    check_environment,
+    make_environment,
+)
 from ringspan.deploy.commands import options
 from ringspan.errors import BadInput
 
@@ -37,14 +43,8 @@ def codecs(
     text: Annotated[
         Path | None, typer.Option("--text", help=f"A text file; default: {TEXT}.")
     ] = None,
-    peers_python: Annotated[
-        Path | None,
-        typer.Option("--peers-python", help="Interpreter of the peers' environment."),
-    ] = None,
-    make_peers: Annotated[
-        Path | None,
-        typer.Option("--make-peers", help="Make that environment in this folder, and use it."),
-    ] = None,
+    peers_python: PeersPython = None,
+    make_peers: MakePeers = None,
     device: options.Device = "auto",
     threads: options.Threads = 0,
     json: Annotated[
@@ -63,8 +63,7 @@ def codecs(
     too; with --peers-python transformers' quantised caches on the same tokens.
     """
     from ringspan.cluster.messages import ModelSpec
-    from ringspan.deploy.bench import codec_report
-    from ringspan.deploy.bench.codec_peers import check_peers, make_environment
+    from ringspan.deploy.bench import codec_peers, codec_report
     from ringspan.deploy.bench.codec_runs import Protocol
     from ringspan.deploy.bench.codecs import Asked, append, bench_codecs
     from ringspan.deploy.bench.plots import check_matplotlib
@@ -79,9 +78,9 @@ def codecs(
     if plots is not None:
         check_matplotlib()
     if make_peers is not None:
-        peers_python = make_environment(make_peers)
+        peers_python = make_environment(make_peers, codec_peers.PACKAGES)
     if peers_python is not None:
-        check_peers(peers_python)
+        check_environment(peers_python, codec_peers.MODULES)
     asked = Asked(
         model=model,
         protocol=Protocol(

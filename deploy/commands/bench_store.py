@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringspan.deploy.bench.asked import check_repeats, device_for
+from ringspan.deploy.bench.peers_environment import (
+    MakePeers,
+    PeersPython,
+    check_environment,
+    make_environment,
+)
 from ringspan.deploy.commands import options
 from ringspan.errors import BadInput
 
@@ -32,13 +38,8 @@ def store(
     folder: Annotated[
         Path | None, typer.Option("--folder", help="On the disk to measure; default: /tmp's.")
     ] = None,
-    peers_python: Annotated[
-        Path | None, typer.Option("--peers-python", help="Interpreter with Mooncake Store.")
-    ] = None,
-    make_peers: Annotated[
-        Path | None,
-        typer.Option("--make-peers", help="Make that environment in this folder, and use it."),
-    ] = None,
+    peers_python: PeersPython = None,
+    make_peers: MakePeers = None,
     model: Annotated[
         str, typer.Option("--model", "-m", help="Of the prefill that is saved.")
     ] = "random:tiny",
@@ -63,11 +64,10 @@ def store(
     loopback, 0.8 of fio, 0.85 of a pinned copy.
     """
     from ringspan.cluster.messages import ModelSpec
-    from ringspan.deploy.bench import store_report
+    from ringspan.deploy.bench import store_peers, store_report
     from ringspan.deploy.bench.plots import check_matplotlib
     from ringspan.deploy.bench.store import PARTS, Asked, bench_store, missed
     from ringspan.deploy.bench.store_case import StoreCase
-    from ringspan.deploy.bench.store_peers import check_peers, make_environment
     from ringspan.deploy.checks import check_model_name, check_name
     from ringspan.kvstore.codecs.registry import CODECS
 
@@ -91,9 +91,9 @@ def store(
     if plots is not None:
         check_matplotlib()
     if make_peers is not None:
-        peers_python = make_environment(make_peers)
+        peers_python = make_environment(make_peers, store_peers.PACKAGES)
     if peers_python is not None:
-        check_peers(peers_python)
+        check_environment(peers_python, store_peers.MODULES, store_peers.OF_THE_SYSTEM)
     elif "host" in chosen:
         print("without --peers-python (or --make-peers): Mooncake Store is left out", flush=True)
     device = device_for(device)

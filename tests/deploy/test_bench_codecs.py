@@ -11,9 +11,10 @@ import torch
 
 from ringspan.deploy.bench import codec_report, codecs
 from ringspan.deploy.bench.codec_loss import Queries, attended, page_loss, sqnr_db, token_loss
-from ringspan.deploy.bench.codec_peers import check_peers
+from ringspan.deploy.bench.codec_peers import MODULES
 from ringspan.deploy.bench.codec_runs import Protocol
 from ringspan.deploy.bench.codecs import Asked, CodecRow, at_equal_bits, bench_codecs
+from ringspan.deploy.bench.peers_environment import check_environment
 from ringspan.deploy.commands.bench_codecs import codecs as command
 from ringspan.errors import BadInput, RingspanError
 
@@ -154,12 +155,12 @@ def test_a_protocol_that_fits_no_pages_is_refused(changes: dict[str, int], wante
 
 def test_an_interpreter_without_the_peers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="wanted a Python"):
-        check_peers(tmp_path / "none")
+        check_environment(tmp_path / "none", MODULES)
     bare = tmp_path / "bare"
     bare.write_text("#!/bin/sh\necho 'No module named hqq' >&2\nexit 1\n")
     bare.chmod(0o755)
     with pytest.raises(BadInput, match="No module named hqq"):
-        check_peers(bare)
+        check_environment(bare, MODULES)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ringspan.deploy.bench import store_peers, store_report, store_roads
 from ringspan.deploy.bench.attention import Spread
+from ringspan.deploy.bench.peers_environment import check_environment
 from ringspan.deploy.bench.store import Asked, StoreRow, bench_store, missed
 from ringspan.deploy.bench.store_case import (
     StoreCase,
@@ -168,9 +169,11 @@ def test_a_peer_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
 
 def test_an_environment_without_mooncake_is_refused_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--make-peers"):
-        store_peers.check_peers(fake_python(tmp_path, "import no_such_package_at_all\n"))
+        check_environment(
+            fake_python(tmp_path, "import no_such_package_at_all\n"), store_peers.MODULES
+        )
     with pytest.raises(BadInput, match="wanted a Python"):
-        store_peers.check_peers(tmp_path / "nothing")
+        check_environment(tmp_path / "nothing", store_peers.MODULES)
 
 
 @pytest.mark.parametrize(

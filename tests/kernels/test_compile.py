@@ -1,36 +1,17 @@
 """The kernels become sm_90 machine code on a machine without a GPU."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-import ringspan
 
 SHARED_LIMIT_BYTES = 227 << 10
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(compiled_by):
     """name -> row, from a process of its own: this one may run the interpreter."""
-    cache = tmp_path_factory.mktemp("triton")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {
-        "TRITON_CACHE_DIR": str(cache),
-        "TRITON_DEFAULT_FP_FUSION": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(ringspan.__file__).parents[1]), *filter(None, [env.get("PYTHONPATH")])]
-        ),
-    }
     script = Path(__file__).with_name("compile_for_sm90.py")
-    done = subprocess.run(
-        [sys.executable, script], env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return {row["name"]: row for row in json.loads(done.stdout)}
+    return compiled_by(script, timeout_s=240)
 
 
 def test_products_are_the_warp_group_products_of_hopper(compiled):

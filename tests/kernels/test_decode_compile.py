@@ -7,39 +7,17 @@ own, since this one may run Triton's interpreter.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-import ringspan
 
 SHARED_LIMIT_BYTES = 227 << 10
 
 
 @pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
-def compiled(request, tmp_path_factory):
+def compiled(request, compiled_by):
     """name -> row; about 2 s a variant, so that the quick tests have a few."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "TRITON_DEFAULT_FP_FUSION": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(ringspan.__file__).parents[1]), *filter(None, [env.get("PYTHONPATH")])]
-        ),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, request.param],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {row["name"]: row for row in json.loads(done.stdout)}
+    return compiled_by(__file__, request.param)
 
 
 def test_every_kernel_fits_the_shared_memory_of_a_hopper_multiprocessor(compiled):
@@ -87,7 +65,11 @@ def variants(which: str):
     """Every kind at D 64 and 128, M 16 and 64; a part of them for the quick tests."""
     from compile_for_sm90 import compile_kernel
 
-    from ringspan.kernels import decode_triton as kernels
+    from ringspan.kernels.decode4_triton import sweep4_kernel
+    from ringspan.kernels.decode8_triton import sweep8_kernel
+    from ringspan.kernels.decode_ends_triton import join_kernel, means_kernel, prepare_kernel
+    from ringspan.kernels.decode_plain_triton import sweep_plain_kernel
+    from ringspan.kernels.decode_triton import DEFAULTS
 
     codes = {"int8": "i8", "fp8": "fp8e4nv", "int4": "i8"}
     indices = {"page_table": "i32", "cu_rows": "i32", "lengths": "i32"}
@@ -102,7 +84,7 @@ def variants(which: str):
             for rows in (8, 16, 64):
                 if which == "some" and (kind, dim, rows) not in some:
                     continue
-                config = kernels.DEFAULTS[kind][rows > 16]
+                config = DEFAULTS[kind][rows > 16]
                 index = {
                     "GROUP": 4, "D": dim, "BLOCK_R": rows, "BLOCK_B": 4, "PAIRED": rows == 8,
                 }  # fmt: skip
@@ -120,7 +102,7 @@ def variants(which: str):
                     only = {"ASM": True, "STEPS": config.steps}
                 else:
                     only = {"INTEGER": kind == "int8"}
-                kernel = kernels._sweep4_kernel if kind == "int4" else kernels._sweep8_kernel
+                kernel = sweep4_kernel if kind == "int4" else sweep8_kernel
                 yield (
                     f"{kind} D{dim} R{rows}",
                     compile_kernel(
@@ -138,7 +120,7 @@ def variants(which: str):
         yield (
             f"plain D{dim}",
             compile_kernel(
-                kernels._sweep_plain_kernel,
+                sweep_plain_kernel,
                 {**dict.fromkeys("qkv", "bf16"), **indices, "first": "i32", **parts},
                 {
                     "GROUP": 4, "D": dim, "BLOCK_N": 64, "BLOCK_R": 8, "BLOCK_B": 4,
@@ -153,7 +135,7 @@ def variants(which: str):
         yield (
             f"prepare D{dim}",
             compile_kernel(
-                kernels._prepare_kernel,
+                prepare_kernel,
                 {"q": "bf16", "high": "i8", "low": "i8", "row_scale": "fp32", "sums": "fp32"},
                 {"D": dim, "GROUPS": dim // 64, "ROTATE": True, "INTEGER": True, "BLOCK_R": 16},
                 floats=("factor", "norm"),
@@ -164,7 +146,7 @@ def variants(which: str):
         yield (
             f"means D{dim}",
             compile_kernel(
-                kernels._means_kernel,
+                means_kernel,
                 {"high": "i8", "low": "i8", "k_mean": "fp16", "means": "fp32", **indices},
                 {
                     "GROUP": 4, "D": dim, "BLOCK_R": 8, "BLOCK_B": 4, "PAIRED": True,
@@ -177,7 +159,7 @@ def variants(which: str):
         yield (
             f"join D{dim}",
             compile_kernel(
-                kernels._join_kernel,
+                join_kernel,
                 {**parts, "out": "bf16", "lse": "fp32"},
                 {"D": dim, "ROTATE": True, "BLOCK_S": 64, "TILE_S": 16, "DIMS": 32},
                 floats=("norm",),

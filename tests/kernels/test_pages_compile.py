@@ -7,7 +7,6 @@ own, since this one may run Triton's interpreter.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import ringspan
 from ringspan.kernels import pages
 
 SHARED_LIMIT_BYTES = 227 << 10
+
 SPILL_LIMIT_BYTES = 64
 SIZES = {
     "some": ((128, 128),),
@@ -29,26 +28,9 @@ SIZES = {
 
 
 @pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
-def compiled(request, tmp_path_factory):
+def compiled(request, compiled_by):
     """name -> row; 1 to 2 s each, so that the quick tests have those that rotate at D 128."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {
-        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "TRITON_DEFAULT_FP_FUSION": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(ringspan.__file__).parents[1]), *filter(None, [env.get("PYTHONPATH")])]
-        ),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, request.param],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {row["name"]: row for row in json.loads(done.stdout)}
+    return compiled_by(__file__, request.param)
 
 
 def test_every_kernel_fits_a_hopper_multiprocessor(compiled):

@@ -1,6 +1,6 @@
 """transformers' own quantised caches on the protocol of `ringspan bench codecs`, as a process.
 
-Runs in an environment of its own (`codec_peers.make_environment`) and imports nothing of ringspan.
+Runs in an environment of its own (`codec_peers.PACKAGES`) and imports nothing of ringspan.
 One line of JSON in, a `Job`; one line out for each cache, as it is done:
 
     {"cache": name, "seconds": ..., "bits": [after the prefill, after each block ...]}
