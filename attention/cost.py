@@ -337,7 +337,9 @@ def assumed_speeds(name: str, facts: ModelFacts) -> Speeds:
     slow = 8.0 if facts.dtype == "float32" else 1.0  # no tensor cores for exact fp32
     pair_s = slow * dim * 4 * 128 / found.attention_flops_per_s
     rows = 128
-    coding = dict.fromkeys(("int8", "fp8", "int4", "bf16"), _CODING_SHARE * found.copy_bytes_per_s)
+    coding = dict.fromkeys(
+        ("int8", "fp8", "int4", "nuq4", "bf16"), _CODING_SHARE * found.copy_bytes_per_s
+    )
     return Speeds(
         device_name=found.name,
         source=f"assumed: {found.source}",

@@ -121,6 +121,14 @@ class GroupTransport:
             torch.cuda.synchronize(self.device)
         self.watch.check()
 
+    def leave(self, why: str) -> None:
+        """Gives the group up after an exchange that failed: connections close, so that those who
+        wait for this rank hear of it now and not by their timeouts. Each later exchange raises
+        PeerTimeout with `why`. The process and its memory live on; it may join another group."""
+        self.watch.lost = self.watch.lost or why
+        self._give_up()
+        self.close()
+
     def close(self) -> None:
         self.watch.close()
         if dist.is_initialized():

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -25,27 +22,25 @@ import torch
 from ringspan.attention.tail import LONG_TURN_TOKENS
 from ringspan.cluster.batched import TOKEN_TIMEOUT_S, TOKENS_A_TIMEOUT, Question, ask_many
 from ringspan.cluster.events import (
-    Cancelled,
     IsCancelled,
     OnEvent,
+    OnPause,
     PrefillDone,
     PrefillTimings,
     ignore_event,
+    ignore_pause,
     never,
 )
-from ringspan.cluster.gang import Gang, Pending
+from ringspan.cluster.gang import Gang
 from ringspan.cluster.known import Known
 from ringspan.cluster.mending import recompute_lost
 from ringspan.cluster.messages import (
     AnswerRequest,
-    ChunkDone,
     ModelFacts,
     PrefillPlan,
     ShardOpened,
-    ShardSaved,
     TokenChunk,
 )
-from ringspan.cluster.pace import Pace
 from ringspan.cluster.page_directory import PageDirectory
 from ringspan.cluster.planner import (
     PrefillOptions,
@@ -53,11 +48,11 @@ from ringspan.cluster.planner import (
     plan_prefill,
     with_prediction,
 )
-from ringspan.cluster.prefill_run import PrefillRun
+from ringspan.cluster.prefill_task import DISK_TIMEOUT_S, PrefillTask, Wishes
 from ringspan.cluster.reading import Reading
 from ringspan.cluster.scheme_choices import SchemeChoices
 from ringspan.cluster.session import ContextHandle, Prefix, Sessions, form_of, longest_prefix
-from ringspan.cluster.stored import Description, check_model, manifest_of, store_bytes
+from ringspan.cluster.stored import Description, check_model, store_bytes
 from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError, TooLarge, UnknownName
 from ringspan.kvstore.directory import Directory
 from ringspan.kvstore.fidelity import (
@@ -73,17 +68,10 @@ from ringspan.kvstore.forms import second_form
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
 from ringspan.kvstore.manifest import Manifest
 from ringspan.kvstore.page import Origin, PageForm
-from ringspan.kvstore.parity import write_parity_rows
 from ringspan.kvstore.tiers.counters import added
 from ringspan.kvstore.transcode import recoded_form, recoded_origin
 
-BEGIN_TIMEOUT_S = 120.0
-"""For ranks to take memory for a shard."""
-DISK_TIMEOUT_S = 3600.0
-"""For ranks to write or read their pages."""
 TIDY_TIMEOUT_S = 30.0
-CHUNKS_AHEAD = 2
-"""Chunks submitted at once: the next one waits at the ranks when one is done."""
 
 
 def _as_opened(manifest: Manifest, codec_name: str) -> tuple[PageForm, Origin]:
@@ -156,6 +144,7 @@ class Controller:
         *,
         description: Description | None = None,
         on_event: OnEvent = ignore_event,
+        on_pause: OnPause = ignore_pause,
         cancelled: IsCancelled = never,
         again: bool = False,
         reuse: bool = True,
@@ -167,12 +156,13 @@ class Controller:
         how much.
 
         Raises before any work what can be known before (see `plan`; StoreError for want of room),
-        InUse for a context that is being read and would be computed anew. While it runs: RankLost
-        naming rank and chunk; Cancelled. Whatever it raises, nothing half-written stays.
+        InUse for a context that is being read and would be computed anew. While it runs a lost rank
+        is replaced, which `on_pause` tells, and other contexts leave the gang, of which that rank
+        had a share; RankLost, naming rank and chunk, where that is not to be had; Cancelled.
+        Whatever it raises, nothing half-written stays.
         """
         began = time.perf_counter()
         token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
-        description = description or Description()
         options = options or PrefillOptions()
         plan, keys = self._plan(token_ids, options)
         if not again and (stored := self._stored(plan, options)) is not None:
@@ -192,7 +182,8 @@ class Controller:
         write = self._known.begin(plan.context_id, keys, plan.num_tokens)
         try:
             prefix = self._prefix(plan, options, keys) if reuse and not again else None
-            done = self._prefill(plan, prefix, token_ids, description, on_event, cancelled, began)
+            wishes = Wishes(description or Description(), on_event, on_pause, cancelled)
+            done = self._prefill(plan, prefix, token_ids, wishes, began)
             form, kept = form_of(plan, self.facts), self._contexts[plan.context_id].fidelity
             self._known.arrived(write, plan.context_id, keys, form, kept, done.kv_bytes)
         except BaseException as error:
@@ -207,133 +198,33 @@ class Controller:
         plan: PrefillPlan,
         prefix: Prefix | None,
         token_ids: np.ndarray,
-        description: Description,
-        on_event: OnEvent,
-        cancelled: IsCancelled,
+        wishes: Wishes,
         began: float,
     ) -> PrefillDone:
         name = plan.context_id
         kept = self._codec_fidelity(plan.codec)
-        plan = self._begin(plan, prefix, token_ids)
-        planned = time.perf_counter()
-        run = PrefillRun(plan, Pace(plan, self.facts), planned)
-        if self._store is None:
-            self._run_chunks(run, on_event, cancelled)
-            computed = time.perf_counter()
-        else:
-            with self._saving(self._store, plan, token_ids) as staging:
-                self._run_chunks(run, on_event, cancelled)
-                computed = time.perf_counter()
-                self._publish(self._store, plan, staging, description)
+        task = PrefillTask(
+            self._gang,
+            self._store,
+            self._known,
+            self._namespace,
+            plan,
+            token_ids,
+            wishes,
+            forget=self._forget_quietly,
+            mended=lambda _: self._forget_others(name),
+        )
+        done = task.run(prefix, began)
+        if prefix is not None and done.plan.prefix_id:
+            kept = min(kept, prefix.fidelity)
         self._contexts[name] = ContextHandle(
             context_id=name,
             num_tokens=plan.num_tokens,
             codec=plan.codec,
-            kv_bytes=run.kv_bytes,
-            fidelity=kept if prefix is None or not plan.prefix_id else min(kept, prefix.fidelity),
+            kv_bytes=done.kv_bytes,
+            fidelity=kept,
         )
-        return run.finished(
-            self._store is not None,
-            PrefillTimings(
-                plan_s=planned - began,
-                prefill_s=computed - planned,
-                save_s=time.perf_counter() - computed,
-                chunk_s=run.chunk_s,
-            ),
-        )
-
-    def _begin(
-        self, plan: PrefillPlan, prefix: Prefix | None, token_ids: np.ndarray
-    ) -> PrefillPlan:
-        """Memory on the ranks, with the prefix's pages in it; the plan for what is left to
-        compute. Pages that cannot be read, or are not what they should be, are computed too."""
-        if prefix is None:
-            self._begin_with(plan, "begin_prefill", token_ids)
-            return plan
-        try:
-            held = prefix.manifest is None or self._store is None
-            with self._known.prefix(prefix.plan.prefix_id, held) as reading:
-                if prefix.manifest is None or self._store is None:
-                    self._begin_with(prefix.plan, "begin_prefill_on_held", token_ids)
-                else:
-                    stored = (prefix.manifest, str(self._store.root))
-                    self._begin_with(prefix.plan, "begin_prefill_on_stored", token_ids, *stored)
-                reading.check()
-        except (CorruptPage, StoreError) as error:
-            plan = msgspec.structs.replace(plan, not_reused=str(error))
-            return self._begin(plan, None, token_ids)
-        return prefix.plan
-
-    def _begin_with(self, plan: PrefillPlan, method: str, *args: object) -> None:
-        what = f"beginning context {plan.context_id}"
-        if plan.prefix_id:
-            what += f" on {plan.reused_tokens} tokens of context {plan.prefix_id}"
-        timeout_s = DISK_TIMEOUT_S if method == "begin_prefill_on_stored" else BEGIN_TIMEOUT_S
-        self._gang.call(method, plan, *args, timeout_s=timeout_s, what=what)
-
-    def _run_chunks(self, run: PrefillRun, on_event: OnEvent, cancelled: IsCancelled) -> None:
-        """Chunk after chunk, the next one always submitted before the last one is waited for."""
-        plan = run.plan
-        num_chunks = len(plan.chunks)
-        asked: deque[Pending] = deque()
-        submitted = 0
-        for index in range(num_chunks):
-            while submitted < num_chunks and len(asked) < CHUNKS_AHEAD:
-                if cancelled():
-                    raise Cancelled(
-                        f"prefill of context {plan.context_id} was cancelled after {index} of "
-                        f"{num_chunks} chunks; nothing of it was kept"
-                    )
-                span = plan.chunks[submitted]
-                what = f"prefill chunk {submitted} [{span.start}, {span.stop})"
-                asked.append(
-                    self._gang.submit("prefill_chunk", plan.context_id, submitted, what=what)
-                )
-                submitted += 1
-            done: list[ChunkDone] = asked.popleft().result(run.pace.timeout_s(index))
-            on_event(run.add(done))
-
-    def _publish(
-        self, store: Store, plan: PrefillPlan, staging: str, description: Description
-    ) -> Manifest:
-        """The ranks write what is left; then, in one step, it is a context."""
-        saved: list[ShardSaved] = self._gang.call(
-            "save",
-            plan.context_id,
-            staging,
-            timeout_s=DISK_TIMEOUT_S,
-            what=f"saving context {plan.context_id} after its last chunk",
-        )
-        manifest = manifest_of(
-            plan,
-            self._gang.spec,
-            saved,
-            staging,
-            description,
-            created_unix_s=time.time(),
-            namespace=self._namespace,
-        )
-        if plan.parity:
-            what = f"writing parity of context {plan.context_id}"
-            args = (manifest, staging, plan.parity)
-            self._gang.call("write_parity", *args, timeout_s=DISK_TIMEOUT_S, what=what)
-            write_parity_rows(Path(staging), plan.parity)
-        return store.publish(staging, manifest)
-
-    @contextmanager
-    def _saving(self, store: Store, plan: PrefillPlan, token_ids: np.ndarray) -> Iterator[str]:
-        """A staging folder, to which every rank writes its pages beside the others', behind each
-        chunk. What fails within leaves nothing of it."""
-        name = plan.context_id
-        staging = store.stage(name, token_ids)
-        try:
-            what = f"beginning to save context {name}"
-            self._gang.call("begin_saving", name, staging, timeout_s=BEGIN_TIMEOUT_S, what=what)
-            yield staging
-        except BaseException:
-            self._forget_quietly(name)  # or a rank that still writes would bring the folder back
-            store.abort(staging)
-            raise
+        return done
 
     # contexts
 
@@ -587,6 +478,16 @@ class Controller:
         facts = self.facts
         dtype = getattr(torch, facts.dtype)
         return codec_fidelity(codec, facts.num_kv_heads, facts.head_dim, dtype)
+
+    def _forget_others(self, name: str) -> None:
+        """A rank was lost, and with it its share of every context that the gang held; `name` is
+        being put together again. The store keeps what it has."""
+        for other in [held for held in self._contexts if held != name]:
+            del self._contexts[other]
+            self._known.sessions_ended(self._sessions.end_all_on(other))
+            self._known.lose(other)
+            what = f"dropping context {other}"
+            self._gang.call("drop", other, timeout_s=TIDY_TIMEOUT_S, what=what)
 
     def _forget_quietly(self, name: str) -> None:
         """After a failure, whose error is the one to show."""

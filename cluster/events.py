@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ringspan.cluster.messages import Findings, Message, PrefillPlan
+from ringspan.cluster.messages import ChunkDone, Findings, Message, PrefillPlan
 from ringspan.errors import RingspanError
 from ringspan.types import Span
 
@@ -31,6 +31,40 @@ class PrefillProgress(Message, frozen=True, kw_only=True):
     """Encoded, held by all ranks so far."""
     sent_bytes: int
     """By all ranks so far."""
+    ranks: tuple[ChunkDone, ...] = ()
+    """What each rank said of this chunk."""
+
+
+class PrefillPaused(Message, frozen=True, kw_only=True):
+    """controller -> deploy: a rank was lost; the prefill goes on when the gang is mended."""
+
+    context_id: str
+    chunk_index: int
+    """Of the chunk that is to be done next; the number of chunks once all are done."""
+    num_chunks: int
+    reason: str
+    """One line, which names the rank."""
+
+
+class PrefillResumed(Message, frozen=True, kw_only=True):
+    """controller -> deploy: all ranks stand behind the same chunk again, and go on."""
+
+    context_id: str
+    chunk_index: int
+    """That is computed next."""
+    num_chunks: int
+    reason: str
+    """Why it paused."""
+    replaced: tuple[int, ...]
+    """Ranks whose processes are new."""
+    recomputed_tokens: int
+    """Of chunks that had been begun and are computed again."""
+    restored_pages: int
+    """Of the lost ranks, read from the store instead of being computed."""
+    load_s: float
+    """Of `pause_s`, for new processes to start and to load the weights."""
+    pause_s: float
+    """From when the loss was noticed until now."""
 
 
 class PrefillTimings(Message, frozen=True, kw_only=True):
@@ -62,6 +96,8 @@ class PrefillDone(Message, frozen=True, kw_only=True):
     """Of all ranks and chunks."""
     flops: float = 0.0
     timings: PrefillTimings = PrefillTimings()
+    resumed: tuple[PrefillResumed, ...] = ()
+    """The faults that it went through."""
 
 
 class Cancelled(RingspanError):
@@ -70,10 +106,16 @@ class Cancelled(RingspanError):
 
 PrefillEvent = PrefillProgress
 OnEvent = Callable[[PrefillEvent], None]
+PauseEvent = PrefillPaused | PrefillResumed
+OnPause = Callable[[PauseEvent], None]
 IsCancelled = Callable[[], bool]
 
 
 def ignore_event(event: PrefillEvent) -> None:
+    """For callers that do not look."""
+
+
+def ignore_pause(event: PauseEvent) -> None:
     """For callers that do not look."""
 
 

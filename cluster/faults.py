@@ -68,6 +68,19 @@ def fault_of(rank: int, error: BaseException) -> Fault:
     )
 
 
+def bare(fault: Fault) -> Fault:
+    """The same without the frames that its error came through, and all they hold."""
+    if fault.error is not None:
+        fault.error.__traceback__ = fault.error.__cause__ = fault.error.__context__ = None
+    return fault
+
+
+def to_replace(faults: Sequence[Fault]) -> set[int]:
+    """Ranks that died or failed by themselves. Of those that only did not answer, or complain of a
+    peer, nothing is known yet: they may have waited for the others."""
+    return {fault.rank for fault in faults if fault.kind in (FaultKind.DIED, FaultKind.FAILED)}
+
+
 def first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, RingspanError):

@@ -10,6 +10,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from ringspan.cluster.messages import GangSpec, RankReady, TokenChunk
@@ -25,6 +26,17 @@ BENIGN_GRACE_S = 10.0
 
 RankFactory = Callable[..., Any]
 """Builds a rank from (rank, GangSpec): class Rank, or a test's own."""
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What `Gang.mend` did."""
+
+    replaced: tuple[int, ...]
+    """Ranks whose processes are new: they hold nothing. The others hold what they held."""
+    load_s: float
+    """Of it, for the new ones to start and to load the weights."""
+    elapsed_s: float
 
 
 class Pending(Protocol):
@@ -48,7 +60,12 @@ class Gang(Protocol):
 
     @property
     def lost(self) -> bool:
-        """A rank is gone or out of step: nothing but `close` is left to do."""
+        """A rank is gone or out of step: nothing but `mend` or `close` is left to do."""
+
+    def mend(self, timeout_s: float) -> Mended:
+        """Once the gang is lost: replaces the ranks that died, failed or do not answer, and forms
+        the group anew with those that live on, which keep their processes and what they hold.
+        RankLost, naming why, where that cannot be done in this time; it may be tried again."""
 
     def submit(self, method: str, *args: Any, what: str) -> Pending:
         """Calls the method on every rank; calls run in the order in which they were submitted.

@@ -7,12 +7,13 @@ cross a process boundary. Plain classes: `ray_gang` makes actors of them, tests 
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from ringspan.cluster.faults import Fault, FaultKind, Member, RanksFailed, fault_of
+from ringspan.cluster.faults import Fault, FaultKind, Member, RanksFailed, bare, fault_of, is_benign
 from ringspan.cluster.gang import RankFactory
 from ringspan.cluster.messages import GangSpec
 
@@ -53,6 +54,10 @@ class Streams:
         if generator is not None:
             generator.close()  # type: ignore[attr-defined]
 
+    @property
+    def rank(self) -> Any:
+        return self._rank
+
     def method(self, name: str) -> Callable[..., Any]:
         """One of the three above, or the rank's own."""
         if name in ("open_stream", "advance_stream", "close_stream"):
@@ -84,7 +89,18 @@ class RankHost:
                 self._streams = Streams(self._rank_class(self._rank, self._spec))
             return [self._streams.method(method)(*args)]
         except Exception as error:
-            raise RanksFailed((fault_of(self._rank, error),)) from None
+            fault = bare(fault_of(self._rank, error))
+        # Outside of the handler: its error keeps frames, and they keep what the group's
+        # connections hang on. Peers that wait for this rank are to hear of it.
+        if not is_benign([fault]):
+            self._leave(fault.text)
+        raise RanksFailed((fault,))
+
+    def _leave(self, why: str) -> None:
+        leave = getattr(self._streams.rank, "leave", None) if self._streams else None
+        if leave is not None:
+            leave(why)
+            gc.collect()
 
 
 class LoopbackHost:
@@ -114,26 +130,44 @@ class LoopbackHost:
         self._streams = [Streams(self._rank_class(rank, self._spec)) for rank in ranks]
         return self.invoke("start", self._world)
 
+    def replace(self, ranks: Sequence[int]) -> list[Any]:
+        """The gang, when these ranks failed: new ones take their places, with nothing but the
+        weights, and all join again; the new ones' RankReady."""
+        made: list[Any] = []
+        for rank in ranks:
+            self._streams[rank] = Streams(self._rank_class(rank, self._spec))
+
+        def load(rank: int) -> Any:
+            return self._streams[rank].rank.load(self._world) if rank in ranks else None
+
+        made = self._run(load)
+        self.invoke("join", self._world)
+        return [ready for ready in made if ready is not None]
+
     def invoke(self, method: str, *args: Any) -> list[Any]:
+        return self._run(lambda rank: self._streams[rank].method(method)(*args))
+
+    def _run(self, act: Callable[[int], Any]) -> list[Any]:
+        """`act` as every rank, in rank order."""
         faults: list[Fault] = []
 
-        def guarded(rank: int, streams: Streams) -> Any:
+        def guarded(rank: int) -> Any:
             try:
                 if self._device is not None:
                     import torch
 
                     torch.cuda.set_device(self._device)
-                return streams.method(method)(*args)
+                return act(rank)
             except Exception as error:
                 # a rank that was released because another failed speaks of that other one
                 faults.append(fault_of(rank, error))
                 raise
 
-        def bound(rank: int, streams: Streams) -> Callable[[], Any]:
-            return lambda: guarded(rank, streams)
+        def bound(rank: int) -> Callable[[], Any]:
+            return lambda: guarded(rank)
 
         try:
-            return self._world.run([bound(r, streams) for r, streams in enumerate(self._streams)])
+            return self._world.run([bound(rank) for rank in range(len(self._streams))])
         except Exception as error:
             if not faults:  # the world itself gave up: no rank raised anything
                 faults.append(Fault(0, FaultKind.PEER, str(error)))

@@ -23,7 +23,7 @@ from ringspan.kvstore.fidelity import ANY, Fidelity
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.keys import namespace_digest
 from ringspan.kvstore.leases import Lease
-from ringspan.kvstore.manifest import MANIFEST, Manifest
+from ringspan.kvstore.manifest import MANIFEST, Manifest, read_manifest
 from ringspan.kvstore.page import PageForm
 from ringspan.kvstore.prefixes import Leading
 from ringspan.kvstore.records import PageEntry, Shelf, Tier
@@ -37,7 +37,7 @@ class Known:
 
     def __init__(self, directory: PageDirectory, namespace: bytes, store: Store | None) -> None:
         self.space = namespace_digest(namespace)
-        self._directory, self._namespace, self._store = directory, namespace.hex(), store
+        self._directory, self._namespace, self._store = directory, namespace, store
         name = secrets.token_hex(6)
         self._gang, self._disk = f"gang-{name}", f"store-{name}"
         silence_s = SILENCE_S if directory.shared else 0.0
@@ -225,14 +225,15 @@ class Known:
             if before is not None and stamp is not None and before[0] == stamp:
                 continue
             manifest, damage = None, ""
+            folder = self._store.root / "contexts" / context_id
             try:
-                manifest = self._store.manifest(context_id)
-            except UnknownName:
-                continue  # removed since it was listed
+                manifest = read_manifest(folder, (self._namespace,))
             except StoreError as error:
+                if not folder.is_dir():
+                    continue  # removed since it was listed
                 damage = str(error)
             self._off_disk(context_id)
-            if manifest is not None and manifest.namespace != self._namespace:
+            if manifest is not None and manifest.origin.namespace != self.space:
                 manifest = None
             self._stored[context_id] = (stamp, manifest, damage)
             if manifest is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-from ringspan.cluster.faults import Fault, FaultKind, RanksFailed, blame, is_benign
-from ringspan.cluster.gang import RankFactory, stream_in_step
+from ringspan.cluster.faults import Fault, FaultKind, RanksFailed, blame, is_benign, to_replace
+from ringspan.cluster.gang import Mended, RankFactory, stream_in_step
 from ringspan.cluster.host import LoopbackHost
 from ringspan.cluster.messages import GangSpec, RankReady, TokenChunk
 from ringspan.errors import RankLost
@@ -29,6 +30,7 @@ class LocalGang:
         self.world_size = spec.world_size
         self.ready: tuple[RankReady, ...] = ()
         self.lost = False
+        self._faults: tuple[Fault, ...] = ()
         self._start_timeout_s = start_timeout_s
         self._host = LoopbackHost(spec, rank_class or _rank_class())
         self._members = [self._host.where()] * spec.world_size
@@ -56,6 +58,23 @@ class LocalGang:
     def stream(self, method: str, *args: Any, timeout_s: float, what: str) -> Iterator[TokenChunk]:
         return stream_in_step(self, method, args, timeout_s, what)
 
+    def mend(self, timeout_s: float) -> Mended:
+        """New ranks for those that failed. One that hangs is a thread, which nobody can end."""
+        began = time.perf_counter()
+        replaced = tuple(sorted(to_replace(self._faults)))
+        if not self.lost or not replaced:
+            hung = ", ".join(str(fault.rank) for fault in self._faults) or "none"
+            raise RankLost(f"no rank failed by itself (silent: {hung}): start a new gang")
+        self.lost, self._faults = False, ()
+        pending = LocalPending(
+            self, self._caller.submit(self._host.replace, replaced), "replacing ranks"
+        )
+        made = pending.result(timeout_s)
+        new = dict(zip(replaced, made, strict=True))
+        self.ready = tuple(new.get(rank, ready) for rank, ready in enumerate(self.ready))
+        elapsed_s = time.perf_counter() - began
+        return Mended(replaced, elapsed_s, elapsed_s)
+
     def close(self) -> None:
         if self.ready and not self.lost:
             self._caller.submit(self._host.invoke, "stop")
@@ -81,9 +100,11 @@ class LocalPending:
             return self._future.result(timeout_s)
         except RanksFailed as error:
             gang.lost = gang.lost or not is_benign(error.faults)
+            gang._faults = error.faults
             raise blame(error.faults, gang._members, self._what) from error
         except TimeoutError:
             gang.lost = True
+            gang._faults = ()
             silent = [
                 Fault(rank, FaultKind.SILENT, f"waited {timeout_s:.1f} s")
                 for rank in range(gang.world_size)

@@ -100,6 +100,28 @@ class PrefillPlan(Message, frozen=True, kw_only=True):
         return tuple(Span(s, min(s + self.chunk_tokens, self.num_tokens)) for s in starts)
 
 
+class PrefillBegun(Message, frozen=True, kw_only=True):
+    """rank -> controller: it has memory for its share, and what is taken over lies in it. The same
+    from every rank."""
+
+    context_id: str
+    prefix: tuple[tuple[Span, ...], ...]
+    """What each rank holds before the first chunk."""
+    provenance: tuple[str, ...]
+    """Of that KV; see `kvstore.page.Origin`."""
+
+
+class PrefillStands(Message, frozen=True, kw_only=True):
+    """rank -> controller: how much of a prefill this rank has after a fault."""
+
+    context_id: str
+    rank: int
+    chunks_done: int
+    """Chunks whose pages it has, here or in the staging folder; -1: not even the prefix."""
+    restored_pages: int = 0
+    """That were read for a rank that was lost."""
+
+
 class Findings(Message, frozen=True, kw_only=True):
     """rank -> controller -> record: what steps proved of themselves, and what they stood still and
     took. Those of ranks go `beside` each other, those of a later chunk `then` come."""

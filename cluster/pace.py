@@ -34,6 +34,10 @@ class Pace:
         """The next chunk took so long."""
         self._seconds.append(chunk_s)
 
+    def go_back(self, chunks: int) -> None:
+        """Only the first so many are done."""
+        del self._seconds[chunks:]
+
     def left_s(self) -> float:
         """For the chunks not yet done; 0 before any is."""
         speed = self._flops_per_s()

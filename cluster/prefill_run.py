@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from functools import reduce
 
-from ringspan.cluster.events import PrefillDone, PrefillProgress, PrefillTimings
+from ringspan.cluster.events import PrefillDone, PrefillProgress, PrefillResumed, PrefillTimings
 from ringspan.cluster.messages import ChunkDone, Findings, PrefillPlan
 from ringspan.cluster.pace import Pace
 
@@ -24,6 +24,12 @@ class PrefillRun:
     exchange_s: float = 0.0
     findings: Findings = field(default_factory=Findings)
     chunk_s: tuple[float, ...] = ()
+    resumed: tuple[PrefillResumed, ...] = ()
+
+    def go_back(self, chunks: int) -> None:
+        """Only the first so many are done; what the others cost stays counted."""
+        self.pace.go_back(chunks)
+        self.chunk_s = self.chunk_s[:chunks]
 
     def add(self, done: list[ChunkDone]) -> PrefillProgress:
         """Every rank is done with the next chunk."""
@@ -52,6 +58,7 @@ class PrefillRun:
             left_s=self.pace.left_s(),
             kv_bytes=self.kv_bytes,
             sent_bytes=self.sent_bytes,
+            ranks=tuple(done),
         )
 
     def finished(self, saved: bool, timings: PrefillTimings) -> PrefillDone:
@@ -66,4 +73,5 @@ class PrefillRun:
             findings=self.findings,
             flops=self.pace.total_flops,
             timings=timings,
+            resumed=self.resumed,
         )

@@ -7,9 +7,7 @@ are the same: they stay on the ranks that have them, and only what is new is com
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -24,26 +22,24 @@ from ringspan.cluster.messages import (
     ChunkDone,
     Findings,
     PageRecord,
+    PrefillBegun,
     PrefillPlan,
     ShardOpened,
     ShardSaved,
 )
+from ringspan.cluster.opening import copy_pages, open_recoded, open_shard, pool_name
+from ringspan.cluster.page_writer import PageWriter, new_segment
 from ringspan.cluster.runtime import Runtime
-from ringspan.errors import BadInput, CorruptPage, TooLarge
-from ringspan.kvstore.batches import batches
+from ringspan.errors import BadInput, TooLarge
 from ringspan.kvstore.codecs.registry import codec
-from ringspan.kvstore.folder import segment_path
+from ringspan.kvstore.encryption import cipher_of
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, namespace_digest, page_keys
 from ringspan.kvstore.manifest import Manifest, assign_pages
-from ringspan.kvstore.page import EXACT, Origin, differences
-from ringspan.kvstore.pool import RESERVE_BYTES, free_bytes
-from ringspan.kvstore.shard import GIB, ContextShard
-from ringspan.kvstore.streamed import SLOTS, StreamedShard
+from ringspan.kvstore.page import EXACT, Origin
+from ringspan.kvstore.shard import ContextShard
+from ringspan.kvstore.streamed import StreamedShard
 from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
-from ringspan.kvstore.tiers.placement import context_supply
-from ringspan.kvstore.transcode import load_recoded, recoded_form, recoded_origin
 from ringspan.kvstore.transfer import load_shard
-from ringspan.kvstore.write_behind import WriteBehind
 from ringspan.types import Span, coalesce, total_tokens
 
 
@@ -58,8 +54,10 @@ class HeldContext:
     origin: Origin
     prefill: Prefill | None = None
     """None when it was opened from a store."""
-    saving: WriteBehind | None = None
+    saving: PageWriter | None = None
     """Its pages on their way to the disk, while it is prefilled."""
+    saved: tuple[PageRecord, ...] = ()
+    """Its first pages, which are durable in the staging folder; `saving` writes those behind."""
     staging: str = ""
     """Where `saving` writes."""
 
@@ -80,6 +78,10 @@ class Prefill:
 
     plan: PrefillPlan
     token_ids: np.ndarray
+    keys: tuple[str, ...]
+    """Of all its pages."""
+    prefix: Deal
+    """What each rank held before the first chunk."""
     chunks_done: int = 0
 
 
@@ -96,6 +98,15 @@ class Contexts:
             )
         return self._held[context_id]
 
+    def get(self, context_id: str) -> HeldContext | None:
+        """None where it is not held."""
+        return self._held.get(context_id)
+
+    def take_over(self, context_id: str, held: HeldContext) -> None:
+        """A context that came from the ranks of another gang, complete and verified. Its shard is
+        in the pool under `pool_name`."""
+        self._held[context_id] = held
+
     def drop(self, context_id: str) -> None:
         held = self._held.pop(context_id, None)
         if held is not None:
@@ -103,48 +114,51 @@ class Contexts:
                 held.saving.abort()
             if isinstance(held.shard, StreamedShard):
                 held.shard.close()
-            self._runtime.pool.free(_pool_name(context_id))
+            self._runtime.pool.free(pool_name(context_id))
 
     def clear(self) -> None:
         for context_id in list(self._held):
             self.drop(context_id)
 
-    def begin(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+    def begin(self, plan: PrefillPlan, token_ids: np.ndarray) -> PrefillBegun:
         """Memory for this rank's whole shard of the context."""
         nothing: Deal = ((),) * self._runtime.spec.world_size
-        self._begin(plan, token_ids, nothing, EXACT)
+        self.begin_as(plan, token_ids, nothing, EXACT)
+        return _begun(plan, nothing, EXACT)
 
-    def begin_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+    def begin_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> PrefillBegun:
         """`begin` with the pages of a context held here: copied within the rank, the copy's sums
         compared."""
         source = self[plan.prefix_id]
         prefix = tuple(_before(spans, plan.reused_tokens) for spans in source.held)
-        held = self._begin(plan, token_ids, prefix, source.origin.provenance)
+        held = self.begin_as(plan, token_ids, prefix, source.origin.provenance)
         try:
             with on_device(self._runtime.device):
                 copy_pages(source.resident, held.resident, prefix[self._rank])
         except BaseException:
             self.drop(plan.context_id)
             raise
+        return _begun(plan, prefix, source.origin.provenance)
 
     def begin_on_stored(
         self, plan: PrefillPlan, token_ids: np.ndarray, manifest: Manifest, root: str
-    ) -> None:
+    ) -> PrefillBegun:
         """`begin` with pages of a stored context: read and verified as `open` does."""
         pages = manifest.pages[: plan.reused_tokens // plan.page_tokens]
         assigned = assign_pages(
             msgspec.structs.replace(manifest, pages=pages), self._runtime.spec.world_size
         )
         prefix = tuple(coalesce(record.span for record in records) for records in assigned)
-        held = self._begin(plan, token_ids, prefix, manifest.origin.provenance)
+        held = self.begin_as(plan, token_ids, prefix, manifest.origin.provenance)
         try:
             with on_device(self._runtime.device):
                 load_shard(root, manifest, assigned[self._rank], held.resident)
         except BaseException:
             self.drop(plan.context_id)
             raise
+        return _begun(plan, prefix, manifest.origin.provenance)
 
-    def _begin(
+    def begin_as(
         self,
         plan: PrefillPlan,
         token_ids: np.ndarray,
@@ -158,17 +172,20 @@ class Contexts:
             raise BadInput(f"the plan takes over {plan.reused_tokens} tokens, {found} are there")
         self.drop(plan.context_id)
         mine = total_tokens(prefix[self._rank]) + sum(
-            total_tokens(self._dealt(plan, chunk)[self._rank]) for chunk in plan.chunks
+            total_tokens(self.dealt(plan, chunk)[self._rank]) for chunk in plan.chunks
         )
         shard = self._runtime.new_shard(
-            _pool_name(plan.context_id), plan.codec, mine, plan.page_tokens
+            pool_name(plan.context_id), plan.codec, mine, plan.page_tokens
+        )
+        keys = page_keys(
+            self._runtime.facts.fingerprint, namespace_of(plan), token_ids, plan.page_tokens
         )
         held = HeldContext(
             shard,
             plan.num_tokens,
             prefix,
             self._origin(plan, provenance),
-            Prefill(plan, token_ids),
+            Prefill(plan, token_ids, tuple(keys), prefix),
         )
         self._held[plan.context_id] = held
         if self._runtime.device.type == "cuda" and not shard.codec.exact:
@@ -184,7 +201,7 @@ class Contexts:
             torch.cuda.reset_peak_memory_stats(device)
         _, proof = self._forward_chunk(context_id, chunk_index, logits=False)
         synchronize(transport, device)
-        self._hand_over(context_id)
+        self.write_behind(context_id)
         held, prefill = self._prefilling(context_id)
         span = prefill.plan.chunks[chunk_index]
         return ChunkDone(
@@ -192,7 +209,7 @@ class Contexts:
             rank=self._rank,
             chunk_index=chunk_index,
             span=span,
-            rank_tokens=total_tokens(self._dealt(prefill.plan, span)[self._rank]),
+            rank_tokens=total_tokens(self.dealt(prefill.plan, span)[self._rank]),
             elapsed_s=time.perf_counter() - began,
             exchange_s=transport.exchange_s - waited,
             findings=Findings(
@@ -211,9 +228,9 @@ class Contexts:
     ) -> tuple[tuple[Span, ...], np.ndarray]:
         """This rank's spans of the chunk and their logits, fp32 [T, vocabulary]."""
         logits, _ = self._forward_chunk(context_id, chunk_index, logits=True)
-        self._hand_over(context_id)
+        self.write_behind(context_id)
         _, prefill = self._prefilling(context_id)
-        spans = self._dealt(prefill.plan, prefill.plan.chunks[chunk_index])[self._rank]
+        spans = self.dealt(prefill.plan, prefill.plan.chunks[chunk_index])[self._rank]
         return spans, logits[: total_tokens(spans)].float().cpu().numpy()
 
     def _forward_chunk(
@@ -225,7 +242,7 @@ class Contexts:
             raise BadInput(
                 f"chunk {chunk_index} of context {context_id} came, {prefill.chunks_done} is next"
             )
-        dealt = self._dealt(plan, plan.chunks[chunk_index])
+        dealt = self.dealt(plan, plan.chunks[chunk_index])
         spans = dealt[self._rank]
         shard = held.resident
         shard.reserve(spans)
@@ -268,23 +285,29 @@ class Contexts:
         held, prefill = self._prefilling(context_id)
         if held.saving is not None:
             held.saving.abort()
-        keys = page_keys(
-            self._runtime.facts.fingerprint,
-            _namespace(prefill.plan),
-            prefill.token_ids,
-            prefill.plan.page_tokens,
-        )
-        path = segment_path(staging, self._rank)
-        held.saving = WriteBehind(held.resident, held.origin, keys, path)
+        if held.staging != staging:
+            held.saved = ()
+        path = new_segment(staging, self._rank)
+        cipher = cipher_of(namespace_of(prefill.plan))
+        before = len(held.saved)
+        held.saving = PageWriter(held.resident, held.origin, prefill.keys, path, before, cipher)
         held.staging = staging
 
-    def _hand_over(self, context_id: str) -> None:
+    def write_behind(self, context_id: str, settled: bool = False) -> None:
         """The chunk's pages to the writers. Raises what earlier pages failed by: after the chunk,
-        so that the ranks stay in step."""
+        so that the ranks stay in step.
+
+        A rank that is lost later leaves what is in its files by then. On a CPU, whose cores write
+        and compute alike, that is all of this chunk; on a GPU, which goes on meanwhile, all of the
+        one before. settled: wait for all in any case.
+        """
         saving = self[context_id].saving
         if saving is not None:
+            before = saving.handed_over
             with on_device(self._runtime.device):
                 saving.add()
+            settled = settled or self._runtime.device.type != "cuda"
+            saving.settle(saving.handed_over if settled else before)
 
     def save(self, context_id: str, staging: str) -> ShardSaved:
         """What is not yet in the staging folder of this rank's pages; durable then."""
@@ -296,18 +319,25 @@ class Contexts:
                 f"context {context_id} has {prefill.chunks_done} of {len(plan.chunks)} chunks: it "
                 "is saved when it is whole"
             )
+        self.finish_saving(context_id, staging)
+        return ShardSaved(
+            context_id=context_id,
+            rank=self._rank,
+            records=held.saved,
+            elapsed_s=time.perf_counter() - began,
+        )
+
+    def finish_saving(self, context_id: str, staging: str) -> None:
+        """All pages of the shard are durable: `held.saved`. May be repeated."""
+        held = self[context_id]
+        if held.staging == staging and len(held.saved) == len(held.resident.pages()):
+            return
         if held.saving is None or held.staging != staging:
             self.begin_saving(context_id, staging)
         saving, held.saving = held.saving, None
         assert saving is not None
         with on_device(self._runtime.device):
-            records = saving.finish()
-        return ShardSaved(
-            context_id=context_id,
-            rank=self._rank,
-            records=records,
-            elapsed_s=time.perf_counter() - began,
-        )
+            held.saved += saving.finish()
 
     def open(self, manifest: Manifest, root: str, codec_name: str = "") -> ShardOpened:
         """Reads this rank's share of a stored context; every page is verified before use.
@@ -319,9 +349,11 @@ class Contexts:
         counters = StoreCounters(within=COUNTERS)
         shard: ContextShard | StreamedShard
         if codec_name:
-            shard, origin = self._open_recoded(manifest, root, records, counters, codec_name)
+            shard, origin = open_recoded(
+                self._runtime, manifest, root, records, counters, codec_name
+            )
         else:
-            shard = self._open_shard(manifest, root, records, counters)
+            shard = open_shard(self._runtime, manifest, root, records, counters)
             origin = manifest.origin
         held = tuple(coalesce(record.span for record in records) for records in assigned)
         self._held[manifest.context_id] = HeldContext(shard, manifest.num_tokens, held, origin)
@@ -334,89 +366,6 @@ class Contexts:
             pages=counters.snapshot(),
         )
 
-    def _open_recoded(
-        self,
-        manifest: Manifest,
-        root: str,
-        records: Sequence[PageRecord],
-        counters: StoreCounters,
-        codec_name: str,
-    ) -> tuple[ContextShard, Origin]:
-        """In another codec, and the origin of KV that went through both."""
-        runtime, name = self._runtime, _pool_name(manifest.context_id)
-        recoded_form(manifest.form, codec_name, f"context {manifest.context_id}")
-        tokens = sum(record.span.tokens for record in records)
-        shard = runtime.new_shard(name, codec_name, tokens, manifest.page_tokens)
-        try:
-            with on_device(runtime.device):
-                load_recoded(root, manifest, records, shard, counters)
-        except BaseException:
-            del shard
-            runtime.pool.free(name)
-            raise
-        return shard, recoded_origin(manifest.origin, manifest.form)
-
-    def _open_shard(
-        self,
-        manifest: Manifest,
-        root: str,
-        records: Sequence[PageRecord],
-        counters: StoreCounters,
-    ) -> ContextShard | StreamedShard:
-        """On the device; where a GPU has no room for it, in host memory."""
-        runtime, name = self._runtime, _pool_name(manifest.context_id)
-        tokens = sum(record.span.tokens for record in records)
-        try:
-            shard = runtime.new_shard(name, manifest.codec, tokens, manifest.page_tokens)
-        except TooLarge as refused:
-            if runtime.device.type != "cuda":
-                raise
-            return self._open_streamed(manifest, root, records, refused, counters)
-        try:
-            supply = context_supply(Path(root), manifest, records, counters)
-            with on_device(runtime.device):
-                load_shard(root, manifest, records, shard, supply=supply)
-        except BaseException:
-            del shard
-            runtime.pool.free(name)
-            raise
-        return shard
-
-    def _open_streamed(
-        self,
-        manifest: Manifest,
-        root: str,
-        records: Sequence[PageRecord],
-        refused: TooLarge,
-        counters: StoreCounters,
-    ) -> StreamedShard:
-        """`refused`: why it does not lie on the device."""
-        runtime, form = self._runtime, manifest.form
-        tokens = sum(record.span.tokens for record in records)
-        need = form.bytes_of(tokens)
-        # the ranks of a gang may all be on this host
-        room = max(0, free_bytes("cpu") - RESERVE_BYTES["cpu"]) // runtime.spec.world_size
-        if need > room:
-            raise TooLarge(
-                f"{refused}; host memory has {room / GIB:.2f} GiB for a rank to stream from"
-            )
-        ring_bytes = SLOTS * need // form.num_layers
-        runtime.pool.check(f"streaming context {manifest.context_id}", ring_bytes, manifest.codec)
-        held = ContextShard(
-            codec(form.codec),
-            form.num_layers,
-            form.num_kv_heads,
-            form.head_dim,
-            runtime.dtype,
-            "cpu",
-            tokens,
-            form.page_tokens,
-        )
-        supply = context_supply(Path(root), manifest, records, counters)
-        sums = load_shard(root, manifest, records, held, supply=supply)
-        with on_device(runtime.device):
-            return StreamedShard(held, sums, runtime.device)
-
     @property
     def _rank(self) -> int:
         return self._runtime.rank
@@ -427,7 +376,7 @@ class Contexts:
             raise BadInput(f"context {context_id} was opened from a store: it is complete")
         return held, held.prefill
 
-    def _dealt(self, plan: PrefillPlan, chunk: Span) -> Deal:
+    def dealt(self, plan: PrefillPlan, chunk: Span) -> Deal:
         return deal(plan.layout, chunk, self._runtime.spec.world_size, plan.page_tokens)
 
     def _origin(self, plan: PrefillPlan, prefix: tuple[str, ...]) -> Origin:
@@ -438,37 +387,14 @@ class Contexts:
             approximations.append(f"attended over {plan.codec} pages")
         return Origin(
             fingerprint=self._runtime.facts.fingerprint,
-            namespace=namespace_digest(_namespace(plan)),
+            namespace=namespace_digest(namespace_of(plan)),
             rope=f"applied, scaling {self._runtime.spec.model.rope_scaling or 'none'}",
             provenance=tuple(dict.fromkeys(approximations)) or EXACT,
         )
 
 
-def copy_pages(source: ContextShard, shard: ContextShard, spans: tuple[Span, ...]) -> None:
-    """The source's first pages, which are `spans`, into the empty `shard` of the same form.
-
-    Raises BadInput where the forms differ, CorruptPage where the copy's sums do; the shard is then
-    as before.
-    """
-    if source.form != shard.form:
-        raise BadInput(f"these pages do not fit the shard: {differences(shard.form, source.form)}")
-    shard.reserve(spans)
-    lengths = [page.tokens for page, _ in shard.pages()]
-    load = batches(lengths, shard.bytes_of, 0)
-    size = max((batch.pages * shard.bytes_of(batch.tokens) for batch in load), default=0)
-    room = torch.empty(size, dtype=torch.uint8, device=shard.device)
-    try:
-        for batch in load:
-            page_bytes = shard.bytes_of(batch.tokens)
-            payloads = room[: batch.pages * page_bytes].view(batch.pages, page_bytes)
-            source.gather(batch.row, batch.tokens, payloads)
-            shard.fill(batch.row, batch.tokens, payloads)
-        if shard.reserved_plane_sums() != source.all_plane_sums()[: len(lengths)]:
-            raise CorruptPage(f"the copy of pages {spans} differs from what was copied")
-    except BaseException:
-        shard.cancel()
-        raise
-    shard.mark_filled()
+def _begun(plan: PrefillPlan, prefix: Deal, provenance: tuple[str, ...]) -> PrefillBegun:
+    return PrefillBegun(context_id=plan.context_id, prefix=prefix, provenance=provenance)
 
 
 def _before(spans: tuple[Span, ...], stop: int) -> tuple[Span, ...]:
@@ -476,9 +402,5 @@ def _before(spans: tuple[Span, ...], stop: int) -> tuple[Span, ...]:
     return coalesce(Span(span.start, min(span.stop, stop)) for span in spans if span.start < stop)
 
 
-def _namespace(plan: PrefillPlan) -> bytes:
+def namespace_of(plan: PrefillPlan) -> bytes:
     return bytes.fromhex(plan.namespace) if plan.namespace else PUBLIC_NAMESPACE
-
-
-def _pool_name(context_id: str) -> str:
-    return f"context {context_id}"

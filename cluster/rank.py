@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
+from ringspan.attention.loopback import LoopbackWorld
 from ringspan.cluster.answers import Answers
+from ringspan.cluster.handoff import Handoffs, Offer
 from ringspan.cluster.messages import (
     AnswerRequest,
     ChunkDone,
@@ -21,7 +23,9 @@ from ringspan.cluster.messages import (
     GangSpec,
     PageDeviation,
     PagesRecomputed,
+    PrefillBegun,
     PrefillPlan,
+    PrefillStands,
     RankReady,
     ShardOpened,
     ShardSaved,
@@ -31,7 +35,9 @@ from ringspan.cluster.messages import (
 )
 from ringspan.cluster.prefills import Contexts
 from ringspan.cluster.repair import Repairs
+from ringspan.cluster.resuming import Resuming
 from ringspan.cluster.runtime import TILE_ROWS, Rendezvous, Runtime
+from ringspan.kvstore.handoff import HandoffPlan, Moved
 from ringspan.kvstore.manifest import Manifest
 from ringspan.types import Span, page_tokens_for
 
@@ -42,10 +48,29 @@ class Rank:
         self.contexts = Contexts(self._runtime)
         self.answers = Answers(self._runtime, self.contexts)
         self.repairs = Repairs(self._runtime)
+        self.handoffs = Handoffs(self._runtime, self.contexts)
+        self.resuming = Resuming(self._runtime, self.contexts)
 
-    def host_store(self) -> tuple[str, int]:
-        """On rank 0 only, before `start`: where the gang's ranks meet."""
-        return self._runtime.host_store()
+    def host_store(self, address: str = "") -> tuple[str, int]:
+        """On rank 0 only, before the others join: where the gang's ranks meet."""
+        return self._runtime.host_store(address)
+
+    def load(self, world: LoopbackWorld | None = None) -> RankReady:
+        """Once, for a rank that takes a lost one's place; `join` comes next. Compiles what it can
+        without its peers."""
+        ready = self._runtime.load(world)
+        if self._runtime.device.type == "cuda":
+            self._runtime.compile_attention()
+        return msgspec.structs.replace(ready, tile_rows=TILE_ROWS)
+
+    def join(self, rendezvous: Rendezvous) -> str:
+        """All ranks, with the new ones: the gang's group is formed anew. What this rank holds it
+        keeps."""
+        return self._runtime.join(rendezvous)
+
+    def leave(self, why: str) -> None:
+        """After a failed exchange. May be repeated; `join` is next, or the end."""
+        self._runtime.leave(why)
 
     def start(self, rendezvous: Rendezvous) -> RankReady:
         """Once: loads the weights, joins the group, on a GPU compiles what will be needed."""
@@ -87,27 +112,49 @@ class Rank:
             pass
         self.drop(plan.context_id)
 
-    def begin_prefill(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+    def begin_prefill(self, plan: PrefillPlan, token_ids: np.ndarray) -> PrefillBegun:
         """Takes memory for the context. token_ids: int32 [n], all of it. Repeating starts over."""
         self.drop(plan.context_id)
-        self.contexts.begin(plan, token_ids)
+        return self.contexts.begin(plan, token_ids)
 
-    def begin_prefill_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> None:
+    def begin_prefill_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> PrefillBegun:
         """`begin_prefill` with the first pages of the context `plan.prefix_id`, which this gang
         holds and keeps."""
         self.drop(plan.context_id)
-        self.contexts.begin_on_held(plan, token_ids)
+        return self.contexts.begin_on_held(plan, token_ids)
 
     def begin_prefill_on_stored(
         self, plan: PrefillPlan, token_ids: np.ndarray, manifest: Manifest, root: str
-    ) -> None:
+    ) -> PrefillBegun:
         """`begin_prefill` with the first pages of a stored context, verified."""
         self.drop(plan.context_id)
-        self.contexts.begin_on_stored(plan, token_ids, manifest, root)
+        return self.contexts.begin_on_stored(plan, token_ids, manifest, root)
+
+    def prefill_stands(
+        self, plan: PrefillPlan, token_ids: np.ndarray, begun: PrefillBegun, staging: str
+    ) -> PrefillStands:
+        """After the gang was mended: what this rank holds of a prefill, or would find of it in the
+        staging folder (empty: there is none)."""
+        return self.resuming.stands(plan, token_ids, begun, staging)
+
+    def resume_prefill(
+        self,
+        plan: PrefillPlan,
+        token_ids: np.ndarray,
+        begun: PrefillBegun,
+        chunks_done: int,
+        staging: str,
+    ) -> PrefillStands:
+        """Every rank stands behind so many chunks then: what is more is forgotten, what a lost
+        rank held is read. May be repeated."""
+        self.handoffs.close(plan.context_id, "its prefill went back behind a chunk")
+        return self.resuming.resume(plan, token_ids, begun, chunks_done, staging)
 
     def prefill_chunk(self, context_id: str, chunk_index: int) -> ChunkDone:
         """For each chunk, in order, once."""
-        return self.contexts.run_chunk(context_id, chunk_index)
+        done = self.contexts.run_chunk(context_id, chunk_index)
+        self.handoffs.sealed(context_id)
+        return done
 
     def chunk_logits(
         self, context_id: str, chunk_index: int
@@ -155,8 +202,44 @@ class Rank:
     def drop(self, context_id: str) -> None:
         """Forgets a context and the sessions on it. May be repeated."""
         self.repairs.close(context_id)
+        self.handoffs.close(context_id)
         self.answers.end_all_on(context_id)
         self.contexts.drop(context_id)
+
+    def offer_handoff(
+        self, context_id: str, epoch: int, codec_name: str, token_ids: np.ndarray, namespace: str
+    ) -> Offer:
+        """Of the sending gang: what it would hand over. epoch: newer than of any offer before."""
+        return self.handoffs.offer(context_id, epoch, codec_name, token_ids, namespace)
+
+    def host_handoff(self, handoff_id: str) -> tuple[str, int] | None:
+        """Of the receiving gang: rank 0 opens the place where the ranks of both meet."""
+        return self.handoffs.host_store(handoff_id)
+
+    def begin_receiving(self, plan: HandoffPlan, token_ids: np.ndarray, namespace: str) -> None:
+        """Of the receiving gang: from now on pages come. What it holds of the context goes."""
+        self.drop(plan.fence.context_id)
+        self.handoffs.begin_receiving(plan, token_ids, namespace)
+
+    def begin_sending(self, plan: HandoffPlan) -> None:
+        """Of the sending gang: what it has goes on its way, the rest behind each chunk."""
+        self.handoffs.begin_sending(plan)
+
+    def end_sending(self, handoff_id: str, timeout_s: float) -> Moved:
+        """Of the sending gang, after the last chunk: every receiver has what this rank had."""
+        return self.handoffs.end_sending(handoff_id, timeout_s)
+
+    def end_receiving(self, handoff_id: str, timeout_s: float) -> Moved:
+        """Of the receiving gang: this rank's share is there and right."""
+        return self.handoffs.end_receiving(handoff_id, timeout_s)
+
+    def install_handoff(self, handoff_id: str) -> ShardOpened:
+        """Of the receiving gang, after `end_receiving` without failure on all its ranks."""
+        return self.handoffs.install(handoff_id)
+
+    def abandon_handoff(self, handoff_id: str, why: str) -> None:
+        """Either gang: gives it up. May be repeated."""
+        self.handoffs.abandon(handoff_id, why)
 
     def generate(self, request: AnswerRequest) -> Iterator[TokenChunk]:
         """The answer's tokens; all ranks are advanced in step and yield the same ones.
@@ -181,5 +264,6 @@ class Rank:
         """Last. May be repeated."""
         self.answers.clear()
         self.repairs.clear()
+        self.handoffs.clear()
         self.contexts.clear()
         self._runtime.stop()

@@ -10,41 +10,35 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import ringspan
-from ringspan.cluster.faults import (
-    Fault,
-    FaultKind,
-    Member,
-    RanksFailed,
-    blame,
-    first_line,
-    is_benign,
-)
-from ringspan.cluster.gang import (
-    BENIGN_GRACE_S,
-    FAULT_GRACE_S,
-    RankFactory,
-    stream_in_step,
-)
+from ringspan.cluster.faults import Fault, Member, first_line, to_replace
+from ringspan.cluster.gang import Mended, RankFactory, stream_in_step
 from ringspan.cluster.host import LoopbackHost, RankHost
 from ringspan.cluster.messages import GangSpec, RankReady, TokenChunk
 from ringspan.cluster.placement import GangNeed, NodeView, Place, place_gang
 from ringspan.cluster.processes import wait_gone
+from ringspan.cluster.ray_pending import RayPending
 from ringspan.errors import RankLost, RingspanError, TooLarge
 
 PLACEMENT_TIMEOUT_S = 60.0
 START_TIMEOUT_S = 600.0
 CLOSE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 2.0
+"""For a live node to take a connection."""
+MOVE_TIMEOUT_S = 10.0
+"""For room on other nodes; it is there, or somebody else has to end first."""
+LEAVE_GRACE_S = 5.0
+"""Beyond the longest wait for a peer, for a survivor to leave a broken group."""
 PUT_BYTES = 1 << 16
 """Arguments with a buffer larger than this are put into the object store once, for all ranks."""
 
@@ -67,13 +61,18 @@ class RayGang:
         self.world_size = spec.world_size
         self.ready: tuple[RankReady, ...] = ()
         self.lost = False
+        self.faults: tuple[Fault, ...] = ()
         self._rank_class = rank_class
         self._placement_timeout_s = placement_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._group: PlacementGroup | None = None
+        self._groups: list[PlacementGroup] = []
+        """The first holds a bundle for every actor, later ones those that had to move."""
+        self._bundle_of: dict[int, tuple[PlacementGroup, int]] = {}
+        self._node_of: list[str] = [""] * spec.world_size
+        self._place: Place | None = None
         self._actors: list[Any] = []
         self._ranks_of: list[tuple[int, ...]] = []
-        self._members: list[Member | None] = [None] * spec.world_size
+        self.members: list[Member | None] = [None] * spec.world_size
 
     def start(self) -> Self:
         """Reserve, start the actors, join them into one group. TooLarge before any waiting when
@@ -94,6 +93,79 @@ class RayGang:
     def stream(self, method: str, *args: Any, timeout_s: float, what: str) -> Iterator[TokenChunk]:
         return stream_in_step(self, method, args, timeout_s, what)
 
+    def mend(self, timeout_s: float) -> Mended:
+        """New actors in the places of those that are gone, on other nodes where theirs is gone
+        too. Survivors leave the broken group and join the new one."""
+        if self._place is None or self.spec.transport == "loopback":
+            raise RankLost("ranks of one process are lost together: start a new gang")
+        began = time.monotonic()
+
+        def left() -> float:
+            return max(began + timeout_s - time.monotonic(), 0.1)
+
+        faults, self.faults = self.faults, ()
+        failed = to_replace(faults)
+        self._end([self._actors[rank] for rank in failed], failed)
+        self.lost = False
+        silent = self._silent([r for r in range(self.world_size) if r not in failed], left())
+        self._end([self._actors[rank] for rank in silent], silent)
+        gone = sorted(failed | silent)
+        load_s = 0.0
+        if gone:
+            self._move(self._place, gone)
+            for rank in gone:
+                self._actors[rank] = self._make_actor(self._place, rank)
+            self._begin_hosts(gone, left)
+            loaded = self._submit_to(gone, "invoke", "load", what="loading the model")
+            new = dict(zip(gone, loaded.result(left()), strict=True))
+            load_s = time.monotonic() - began
+            self.ready = tuple(
+                _like(new[rank], before) if rank in new else before
+                for rank, before in enumerate(self.ready)
+            )
+        joining = self.submit("join", self._rendezvous(left), what="joining the group anew")
+        joining.result(left())
+        return Mended(tuple(gone), load_s, time.monotonic() - began)
+
+    def _move(self, place: Place, ranks: Sequence[int]) -> None:
+        """Reservations for ranks whose node is gone, on other nodes. Ray moves a lost bundle itself
+        when it takes the node for dead, which can be a minute later, and starts actors there until
+        then. Where nothing is free elsewhere that is what is waited for."""
+        there = {self._node_of[rank] for rank in ranks}
+        dead = [node for node in there if not is_answering(node)]
+        moved = [rank for rank in ranks if self._node_of[rank] in dead]
+        if not moved:
+            return
+        elsewhere = {"ray.io/node-id": f"!in({','.join(dead)})"}
+        group = placement_group(
+            [dict(place.bundle) for _ in moved],
+            strategy="PACK",
+            bundle_label_selector=[elsewhere for _ in moved],
+        )
+        if not group.wait(MOVE_TIMEOUT_S):
+            remove_placement_group(group)
+            return
+        self._groups.append(group)
+        self._bundle_of.update({rank: (group, index) for index, rank in enumerate(moved)})
+
+    def _silent(self, ranks: Sequence[int], left_s: float) -> set[int]:
+        """Those of the ranks that do not leave the broken group when they are told to. What they
+        were at ends first, at the latest when their wait for a peer does."""
+        leaving = self._submit_to(ranks, "invoke", "leave", "a rank was lost", what="leaving")
+        _, faults = leaving.gather(min(left_s, self.spec.timeout_s + LEAVE_GRACE_S))
+        return {fault.rank for fault in faults}
+
+    def _end(self, actors: Sequence[Any], ranks: Collection[int]) -> None:
+        """Kills the actors and waits until they are gone, as far as that can be seen."""
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        if actors:  # a killed actor answers with an error
+            probes = [actor.where.remote() for actor in actors]
+            ray.wait(probes, num_returns=len(probes), timeout=CLOSE_TIMEOUT_S)
+        members = [self.members[rank] for rank in ranks]
+        here = [m.pid for m in members if m is not None and m.host == socket.gethostname()]
+        wait_gone(here, CLOSE_TIMEOUT_S)  # the answer comes before the process is gone
+
     def close(self) -> None:
         """Lets ranks that are in step stop by themselves, then kills every actor and gives the
         reservation back."""
@@ -102,18 +174,12 @@ class RayGang:
                 self.call("stop", timeout_s=CLOSE_TIMEOUT_S, what="stopping")
         self.ready, self.lost = (), True
         actors, self._actors = self._actors, []
-        group, self._group = self._group, None
+        groups, self._groups = self._groups, []
         if not ray.is_initialized():
             return  # Ray has ended them already
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
-        if actors:  # a killed actor answers with an error
-            probes = [actor.where.remote() for actor in actors]
-            ray.wait(probes, num_returns=len(probes), timeout=CLOSE_TIMEOUT_S)
-        here = [m.pid for m in self._members if m is not None and m.host == socket.gethostname()]
-        wait_gone(here, CLOSE_TIMEOUT_S)  # the answer comes before the process is gone
-        self._members = [None] * self.world_size
-        if group is not None:
+        self._end(actors, range(self.world_size))
+        self.members = [None] * self.world_size
+        for group in groups:
             remove_placement_group(group)
 
     def __enter__(self) -> Self:
@@ -126,41 +192,60 @@ class RayGang:
         deadline = time.monotonic() + self._start_timeout_s
         place = place_gang(_cluster(), _need(self.spec))
         self.spec = msgspec.structs.replace(self.spec, threads=place.threads, device=place.device)
-        self._group = self._reserve(place)
-        self._actors, self._ranks_of = self._make_actors(place)
+        group = self._reserve(place)
+        self._place = place
+        loopback = self.spec.transport == "loopback"
+        every_rank = tuple(range(self.world_size))
+        self._ranks_of = [every_rank] if loopback else [(rank,) for rank in every_rank]
+        hosts = list(range(place.num_bundles))
+        self._bundle_of = {host: (group, host) for host in hosts}
+        self._actors = [self._make_actor(place, host) for host in hosts]
 
         def left() -> float:
             return max(deadline - time.monotonic(), 0.1)
 
-        what = "starting its process"
-        where = self._submit("where", what=what).result(left(), one_per_rank=False)
-        self._members = [
-            member for member, ranks in zip(where, self._ranks_of, strict=True) for _ in ranks
-        ]
-        if place.device == "cuda":
-            self._submit("use_visible_device", what="choosing its GPU").result(
-                left(), one_per_rank=False
-            )
+        self._begin_hosts(hosts, left)
         what = "loading the model and joining the group"
-        if self.spec.transport == "loopback":
+        if loopback:
             started = self._submit("start", what=what).result(left())
         else:
-            # rank 0 serves the rendezvous on a port that it has bound, never on a guessed one
-            first = self._submit_to([0], "invoke", "host_store", what="hosting the rendezvous")
-            rendezvous = first.result(left(), one_per_rank=False)[0][0]
-            started = self.submit("start", rendezvous, what=what).result(left())
+            started = self.submit("start", self._rendezvous(left), what=what).result(left())
         self.ready = tuple(started)
+
+    def _begin_hosts(self, hosts: Sequence[int], left: Callable[[], float]) -> None:
+        """Actors just made: where they are, and on which GPU."""
+        what = "starting its process"
+        where = self._submit_to(hosts, "where", what=what).result(left(), one_per_rank=False)
+        for host, member in zip(hosts, where, strict=True):
+            for rank in self._ranks_of[host]:
+                self.members[rank] = member
+        nodes = self._submit_to(hosts, "node", what=what).result(left(), one_per_rank=False)
+        for host, node in zip(hosts, nodes, strict=True):
+            for rank in self._ranks_of[host]:
+                self._node_of[rank] = node
+        if self.spec.device == "cuda":
+            self._submit_to(hosts, "use_visible_device", what="choosing its GPU").result(
+                left(), one_per_rank=False
+            )
+
+    def _rendezvous(self, left: Callable[[], float]) -> tuple[str, int]:
+        """Rank 0 serves it on a port that it has bound, never on a guessed one."""
+        what = "hosting the rendezvous"
+        address = self._submit_to([0], "address", what=what).result(left(), one_per_rank=False)[0]
+        first = self._submit_to([0], "invoke", "host_store", address, what=what)
+        rendezvous: tuple[str, int] = first.result(left(), one_per_rank=False)[0][0]
+        return rendezvous
 
     def _reserve(self, place: Place) -> PlacementGroup:
         bundles = [dict(place.bundle) for _ in range(place.num_bundles)]
         share_s = self._placement_timeout_s / len(place.strategies)
         for strategy in place.strategies:
             group = placement_group(bundles, strategy=strategy)
-            self._group = group  # so that close() removes it, whatever comes
+            self._groups = [group]  # so that close() removes it, whatever comes
             if group.wait(share_s):
                 return group
             remove_placement_group(group)
-            self._group = None
+            self._groups = []
         free = ray.available_resources()
         raise TooLarge(
             f"{self.world_size} ranks asked for, {place.text}; the cluster has "
@@ -169,36 +254,31 @@ class RayGang:
             "ranks"
         )
 
-    def _make_actors(self, place: Place) -> tuple[list[Any], list[tuple[int, ...]]]:
+    def _make_actor(self, place: Place, index: int) -> Any:
+        """In its bundle."""
+        group, bundle_index = self._bundle_of[index]
         loopback = self.spec.transport == "loopback"
         host_class = ray.remote(RayLoopbackHost if loopback else RayRankHost)
         rank_class = self._rank_class or _rank_class()
-        actors: list[Any] = []
-        ranks_of: list[tuple[int, ...]] = []
-        for index in range(place.num_bundles):
-            options = host_class.options(
-                num_cpus=place.bundle["CPU"],
-                num_gpus=place.bundle.get("GPU", 0),
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=index
-                ),
-                runtime_env={"env_vars": _worker_env(place.threads)},
-            )
-            if loopback:
-                actors.append(options.remote(self.spec, rank_class))
-                ranks_of.append(tuple(range(self.world_size)))
-            else:
-                actors.append(options.remote(index, self.spec, rank_class))
-                ranks_of.append((index,))
-        return actors, ranks_of
+        options = host_class.options(
+            num_cpus=place.bundle["CPU"],
+            num_gpus=place.bundle.get("GPU", 0),
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=bundle_index
+            ),
+            runtime_env={"env_vars": _worker_env(place.threads)},
+        )
+        if loopback:
+            return options.remote(self.spec, rank_class)
+        return options.remote(index, self.spec, rank_class)
 
     def _submit(self, host_method: str, *args: Any, what: str) -> RayPending:
         return self._submit_to(range(len(self._actors)), host_method, *args, what=what)
 
     def _submit_to(
-        self, hosts: range | list[int], host_method: str, *args: Any, what: str
+        self, hosts: Sequence[int], host_method: str, *args: Any, what: str
     ) -> RayPending:
         if self.lost:
             raise RankLost(f"{what}: the gang has lost a rank; start a new one")
@@ -209,53 +289,16 @@ class RayGang:
         return RayPending(self, refs, what)
 
 
-class RayPending:
-    """Calls on their way, one per actor."""
-
-    def __init__(self, gang: RayGang, refs: dict[Any, tuple[int, ...]], what: str) -> None:
-        self._gang, self._refs, self._what = gang, refs, what
-
-    def result(self, timeout_s: float, *, one_per_rank: bool = True) -> list[Any]:
-        """One result per rank; or what each host gave back, as it is."""
-        answers, faults = self._gather(timeout_s)
-        if faults:
-            gang = self._gang
-            gang.lost = gang.lost or not is_benign(faults)
-            cause = RanksFailed(tuple(faults)) if any(f.traceback for f in faults) else None
-            raise blame(faults, gang._members, self._what) from cause
-        in_order = [answers[ref] for ref in self._refs]
-        if not one_per_rank:
-            return in_order
-        return [result for answer in in_order for result in answer]
-
-    def _gather(self, timeout_s: float) -> tuple[dict[Any, Any], list[Fault]]:
-        answers: dict[Any, Any] = {}
-        faults: list[Fault] = []
-        waiting = list(self._refs)
-        deadline = time.monotonic() + timeout_s
-        while waiting:
-            left_s = deadline - time.monotonic()
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(left_s, 0.0))
-            if not done:
-                break
-            had_faults = bool(faults)
-            for ref in done:
-                try:
-                    answers[ref] = ray.get(ref, timeout=max(left_s, 1.0))
-                except Exception as error:
-                    faults += _faults_of(self._refs[ref], error)
-            if faults and not had_faults:
-                grace_s = BENIGN_GRACE_S if is_benign(faults) else FAULT_GRACE_S
-                deadline = min(deadline, time.monotonic() + grace_s)
-        silent_s = timeout_s if not faults else FAULT_GRACE_S
-        for ref in waiting:
-            text = f"waited {silent_s:.1f} s"
-            faults += [Fault(rank, FaultKind.SILENT, text) for rank in self._refs[ref]]
-        return answers, faults
-
-
 class RayRankHost(RankHost):
     """RankHost as an actor."""
+
+    def address(self) -> str:
+        """Of its node, as the other nodes reach it."""
+        return str(ray.util.get_node_ip_address())
+
+    def node(self) -> str:
+        """Id of its node."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def use_visible_device(self) -> None:
         self.use_device(_assigned_gpu())
@@ -264,8 +307,24 @@ class RayRankHost(RankHost):
 class RayLoopbackHost(LoopbackHost):
     """LoopbackHost as an actor."""
 
+    def node(self) -> str:
+        """Id of its node."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def use_visible_device(self) -> None:
         self.use_device(_assigned_gpu())
+
+
+def _like(new: RankReady, before: RankReady) -> RankReady:
+    """A rank that takes another's place, with its speeds where the device is of the same kind:
+    measuring them takes all ranks."""
+    same = new.device_name == before.device_name
+    return msgspec.structs.replace(
+        new,
+        transport=before.transport,
+        speeds=before.speeds if same else None,
+        link=before.link if same else None,
+    )
 
 
 def _assigned_gpu() -> int:
@@ -276,34 +335,6 @@ def _assigned_gpu() -> int:
         raise RankLost("Ray gave this rank no GPU")
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return visible.index(ids[0]) if ids[0] in visible else int(ids[0])
-
-
-def _faults_of(ranks: tuple[int, ...], error: Exception) -> list[Fault]:
-    """Ray's exceptions end here."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RanksFailed):
-        return list(cause.faults)
-    if isinstance(error, RayActorError):
-        return [Fault(rank, FaultKind.DIED, _death(error)) for rank in ranks]
-    if isinstance(error, GetTimeoutError):
-        return [Fault(rank, FaultKind.SILENT, "its answer did not arrive") for rank in ranks]
-    kind = FaultKind.FAILED if isinstance(error, RayTaskError) else FaultKind.DIED
-    text = first_line(cause if isinstance(cause, BaseException) else error)
-    return [Fault(rank, kind, text, traceback=str(error)) for rank in ranks]
-
-
-def _death(error: RayActorError) -> str:
-    """Ray's many lines about a dead actor, as half a line."""
-    text = str(error)
-    if error.preempted:
-        return "its node was taken away"
-    if "running low on memory" in text:  # Ray's own monitor; a guess at the kernel's is not told
-        return "Ray ended it because its node ran low on memory"
-    if "creation task" in text:
-        return text.strip().splitlines()[-1].strip()
-    if "node" in text and "has been marked dead" in text:
-        return "its node is gone"
-    return "its process is gone"
 
 
 def _shared(arg: Any) -> Any:
@@ -337,6 +368,19 @@ def _cluster() -> tuple[NodeView, ...]:
         for node in nodes
         if node["Alive"]
     )
+
+
+def is_answering(node_id: str) -> bool:
+    """Whether something listens where a node's Ray does: seen at once, whatever Ray believes."""
+    for node in ray.nodes():
+        if node["NodeID"] == node_id and node["Alive"]:
+            try:
+                where = (node["NodeManagerAddress"], node["NodeManagerPort"])
+                socket.create_connection(where, timeout=PROBE_TIMEOUT_S).close()
+            except OSError:
+                return False
+            return True
+    return False
 
 
 def _need(spec: GangSpec) -> GangNeed:

@@ -37,7 +37,7 @@ from ringspan.cluster.messages import (
 from ringspan.cluster.runtime import Runtime
 from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore.frame import aligned
-from ringspan.kvstore.manifest import Manifest, assign_pages
+from ringspan.kvstore.manifest import Manifest, assign_pages, cipher_for
 from ringspan.kvstore.page import Page, recomputed, verify_sums
 from ringspan.kvstore.parity import dealt_rows, parity_path, stripes, write_parity
 from ringspan.kvstore.planes import payload_sums
@@ -183,7 +183,8 @@ class Repairs:
         began = time.perf_counter()
         held = self._held(context_id)
         folder = held.root / "contexts" / context_id
-        with PageWriter(folder, f"{nonce}-{self._rank}") as writer:
+        cipher = cipher_for(held.manifest)
+        with PageWriter(folder, f"{nonce}-{self._rank}", cipher) as writer:
             for old, page in self._recomputed(held):
                 writer.append(old, page)
         COUNTERS.add(RECOMPUTED, "gang", len(writer.records))

@@ -75,27 +75,36 @@ class Runtime:
         """Whether decode steps may become CUDA graphs, where they can."""
         self._model: Any = None
 
-    def host_store(self) -> tuple[str, int]:
-        """Opens the gang's meeting point: its address and port."""
-        address = socket.gethostbyname(socket.gethostname())
+    def host_store(self, address: str = "") -> tuple[str, int]:
+        """Opens the gang's meeting point: its address and port. address: this host's, as others
+        reach it; empty: what its name stands for."""
+        address = address or socket.gethostbyname(socket.gethostname())
         self._store = torch.distributed.TCPStore(
             address, 0, self.spec.world_size, is_master=True, wait_for_workers=False
         )
         return address, self._store.port
 
     def start(self, rendezvous: Rendezvous) -> RankReady:
-        """Loads the weights, joins the group."""
+        """`load` and `join`."""
+        world = rendezvous if isinstance(rendezvous, LoopbackWorld) else None
+        began = time.perf_counter()
+        ready = self.load(world)
+        transport = self.join(rendezvous)
+        elapsed_s = time.perf_counter() - began
+        return msgspec.structs.replace(ready, transport=transport, elapsed_s=elapsed_s)
+
+    def load(self, world: LoopbackWorld | None = None) -> RankReady:
+        """Loads the weights, which are all that takes long; `join` comes next. world: of loopback
+        ranks."""
         began = time.perf_counter()
         spec = self.spec
         torch.set_num_threads(spec.threads or max(1, (os.cpu_count() or 1) // spec.world_size))
         with on_device(self.device):
-            loaded = self._load(rendezvous)
-            self.transport = self._join(rendezvous)
+            loaded = self._load(world)
             self._model, self.facts = loaded.model, loaded.facts
             self.dtype = getattr(torch, loaded.facts.dtype)
             self._weights_bytes = loaded.weights_bytes
-            loopback = isinstance(rendezvous, LoopbackWorld)
-            sharers = spec.world_size if loopback or self.device.type == "cpu" else 1
+            sharers = spec.world_size if world is not None or self.device.type == "cpu" else 1
             free = free_bytes(self.device)
             reserve = RESERVE_BYTES[self.device.type]
             self.pool = Pool(self.device, max(0, free - reserve) // sharers)
@@ -105,12 +114,27 @@ class Runtime:
             device_name=product_name(self.device),
             host=socket.gethostname(),
             pid=os.getpid(),
-            transport="loopback" if loopback else self._transport_name(),
+            transport="loopback" if world is not None else self._backend(),
             facts=loaded.facts,
             weights_bytes=loaded.weights_bytes,
             free_bytes=free // sharers,
             elapsed_s=time.perf_counter() - began,
         )
+
+    def join(self, rendezvous: Rendezvous) -> str:
+        """Joins the gang's group; what moves its bytes. A rank that was in another group has left
+        it, and keeps all else."""
+        self.leave("it joins another group")
+        with on_device(self.device):
+            self.transport = self._join(rendezvous)
+        loopback = isinstance(rendezvous, LoopbackWorld)
+        return "loopback" if loopback else self._transport_name()
+
+    def leave(self, why: str) -> None:
+        """Of the group, if there is one; see `GroupTransport.leave`. May be repeated."""
+        transport = getattr(self, "transport", None)
+        if isinstance(transport, GroupTransport):
+            transport.leave(why)
 
     def compile_attention(self) -> None:
         """Measures which backend is the fastest here, if that is not known, and calls every kernel
@@ -285,12 +309,12 @@ class Runtime:
             self._model = None
             self.buffers.clear()
 
-    def _load(self, rendezvous: Rendezvous) -> Any:
-        if not isinstance(rendezvous, LoopbackWorld):
+    def _load(self, world: LoopbackWorld | None) -> Any:
+        if world is None:
             return self._bound(load_model(self.spec.model, self.device))
-        if "model" not in rendezvous.shared:  # ranks of one process share: nothing writes to it
-            rendezvous.shared["model"] = self._bound(load_model(self.spec.model, self.device))
-        return rendezvous.shared["model"]
+        if "model" not in world.shared:  # ranks of one process share: nothing writes to it
+            world.shared["model"] = self._bound(load_model(self.spec.model, self.device))
+        return world.shared["model"]
 
     def _bound(self, loaded: Any) -> Any:
         """The model attends through us, and takes its chunks in tiles of rows."""

@@ -12,7 +12,7 @@ from ringspan.kvstore.frame import ALIGN, aligned
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE
 from ringspan.kvstore.manifest import Manifest
 from ringspan.kvstore.parity import GROUP_PAGES
-from ringspan.kvstore.segment import read_frame
+from ringspan.kvstore.segment_reader import read_frame
 from ringspan.types import Span
 
 HEAD_BYTES = 2 * ALIGN

@@ -20,6 +20,9 @@ from ringspan.deploy.commands.doctor import doctor
 from ringspan.deploy.commands.options import spread_inputs
 from ringspan.deploy.commands.plan import plan
 from ringspan.deploy.commands.prefill import prefill
+from ringspan.deploy.commands.simulate import simulate
+from ringspan.deploy.commands.status import status
+from ringspan.deploy.commands.trace import trace
 from ringspan.errors import RingspanError
 
 app = typer.Typer(
@@ -32,9 +35,12 @@ app = typer.Typer(
 )
 app.command("prefill")(prefill)
 app.command("plan")(plan)
+app.command("simulate")(simulate)
 app.command("ask")(ask)
 app.add_typer(contexts.app, name="contexts")
 app.command("doctor")(doctor)
+app.command("status")(status)
+app.command("trace")(trace)
 app.add_typer(bench.app, name="bench")
 
 INTERRUPTED = 130

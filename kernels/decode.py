@@ -4,7 +4,7 @@
     lse = log(sum over keys of exp(scores));  out = exp(scores - lse) v'
 
 k' and v' are what the pages decode to (kernels/pages.py has the encodings). Every row sees all keys
-[first, stop) of its sequence: there is no causal edge here. int8 and int4 pages hold K and V
+[first, stop) of its sequence: there is no causal edge here. All but fp8 and plain hold K and V
 behind the Hadamard rotation H along D, so q is rotated as well (q k'^T = (q H)(k' H)^T) and out is
 rotated back once, where the splits of the keys are merged.
 
@@ -14,6 +14,10 @@ tensors    int8, fp8   k_codes [U, Hkv, P, D], k_scale [U, Hkv, P] fp32, v_codes
            int4        k_codes [U, Hkv, P, D/2] uint8, k_scale, k_zero [U, Hkv, groups, P] fp16,
                        k_mean [U, Hkv, D] fp16, v_codes [U, Hkv, D, P/2] uint8, v_scale, v_zero
                        [U, Hkv, groups, P] fp16
+           k4v2        K as int4; v_codes [U, Hkv, D/2, P/2] uint8, v_scale [U, Hkv, P] fp16,
+                       v_dims [U, Hkv, D] uint8
+           int2        k_codes [U, Hkv, P, D/4] uint8, k_scale [U, Hkv, P] fp16, k_mean [U, Hkv, D]
+                       fp16; V as k4v2
            plain       k, v [S, Hkv, D] bf16 | fp16 | fp32, token first: a tail, never encoded
 cu_rows    [B + 1]     int32: rows cu_rows[b] .. cu_rows[b + 1] - 1 are those of sequence b
 page_table [B, N]      int32: page i of sequence b lies in unit page_table[b, i]
@@ -34,17 +38,22 @@ from collections.abc import Iterator
 import torch
 
 from ringspan.kernels.merge import merge_into
+from ringspan.kernels.page_int2 import levels
+from ringspan.kernels.page_k4v2 import UNIT, weights
 from ringspan.kernels.rotate import hadamard
 from ringspan.types import Part
 
-KINDS = ("int8", "fp8", "int4", "plain")
+KINDS = ("int8", "fp8", "int4", "k4v2", "int2", "plain")
 
-ROTATED = ("int8", "int4")
+ROTATED = ("int8", "int4", "k4v2", "int2")
 """Kinds that hold K and V behind the Hadamard rotation, where D is a power of two."""
 
-CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+CODES = {
+    "int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8, "k4v2": torch.uint8,
+    "int2": torch.uint8,
+}  # fmt: skip
 
-_TENSORS = {"int8": 4, "fp8": 4, "int4": 7, "plain": 2}
+_TENSORS = {"int8": 4, "fp8": 4, "int4": 7, "k4v2": 7, "int2": 6, "plain": 2}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 _STRETCH_ELEMENTS = 1 << 21
@@ -136,11 +145,18 @@ def decoded(kind: str, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor,
     """K and V of whole pages, both [Hkv, tokens, D] fp32, still behind the rotation if any."""
     if kind == "plain":
         return tensors[0].float().transpose(0, 1), tensors[1].float().transpose(0, 1)
-    if kind == "int4":
-        k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero = tensors
-        k = _grouped(_nibbles(k_codes), k_scale.mT, k_zero.mT)  # [U, Hkv, P, D]
+    if kind in ("int4", "k4v2", "int2"):
+        *k_side, k_mean, v_codes, v_scale, v_last = tensors
+        if kind == "int2":
+            k = levels(k_side[0]).mul_(k_side[1].float()[..., None]).mul_(0.5)
+        else:
+            k_codes, k_scale, k_zero = k_side
+            k = _grouped(_nibbles(k_codes), k_scale.mT, k_zero.mT)  # [U, Hkv, P, D]
         k += k_mean.float()[:, :, None]
-        v = _grouped(_nibbles(v_codes).mT, v_scale.mT, v_zero.mT)
+        if kind == "int4":
+            v = _grouped(_nibbles(v_codes).mT, v_scale.mT, v_last.mT)
+        else:
+            v = weights(v_codes, v_last).mul_(v_scale.float()[:, :, None]).mul_(UNIT).mT
     else:
         k_codes, k_scale, v_codes, v_scale = tensors
         k = k_codes.float().mul_(k_scale[..., None])
@@ -206,7 +222,7 @@ def _attend(
 
 def _heads_and_dim(kind: str, tensors: tuple[torch.Tensor, ...]) -> tuple[int, int]:
     heads, dim = tensors[0].shape[1], tensors[0].shape[-1]
-    return heads, dim * 2 if kind == "int4" else dim
+    return heads, dim * {"int4": 2, "k4v2": 2, "int2": 4}.get(kind, 1)
 
 
 def _expected(
@@ -223,6 +239,20 @@ def _expected(
             ((units, heads, tokens, dim // 2), codes), groups, groups,
             ((units, heads, dim), torch.float16),
             ((units, heads, dim, tokens // 2), codes), groups, groups,
+        ]  # fmt: skip
+    if kind == "k4v2":
+        groups = ((units, heads, max(1, dim // 64), tokens), torch.float16)
+        return [
+            ((units, heads, tokens, dim // 2), codes), groups, groups,
+            ((units, heads, dim), torch.float16),
+            ((units, heads, dim // 2, tokens // 2), codes),
+            ((units, heads, tokens), torch.float16), ((units, heads, dim), torch.uint8),
+        ]  # fmt: skip
+    if kind == "int2":
+        side = ((units, heads, tokens), torch.float16)
+        return [
+            ((units, heads, tokens, dim // 4), codes), side, ((units, heads, dim), torch.float16),
+            ((units, heads, dim // 2, tokens // 2), codes), side, ((units, heads, dim), codes),
         ]  # fmt: skip
     scale = ((units, heads, tokens), torch.float32)
     return [

@@ -34,9 +34,11 @@ def prepare_kernel(
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     ROTATE: tl.constexpr,
-    INTEGER: tl.constexpr,
+    CODES: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """Rows of q behind the rotation, in units of their largest: in two CODES (int8 or fp8), or,
+    for "wide" sweeps, as one fp16."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     dim = tl.arange(0, D)
     real = row < num_rows
@@ -47,7 +49,7 @@ def prepare_kernel(
         # the products are exact; "ieee" keeps them so in fp32
         x = tl.dot(x, signs, input_precision="ieee") * norm
     x = x.to(tl.float32)
-    levels = LEVELS if INTEGER else FP8_LEVELS
+    levels = LEVELS if CODES == "int8" else FP8_LEVELS if CODES == "fp8" else 1.0
     # a row of zeros keeps a scale above 0: -inf times it hides a key
     unit = tl.maximum(tl.max(tl.abs(x), 1), SMALL) / levels
     # nan if the row is not finite: visible. Not by x - x, which a GPU that fuses the product by
@@ -56,7 +58,9 @@ def prepare_kernel(
     unit = tl.where(odd == 1, float("nan"), unit)
     y = x / unit[:, None]
     code_tile = row[:, None] * D + dim[None, :]
-    if INTEGER:
+    if CODES == "wide":
+        tl.store(high + code_tile, y.to(tl.float16), mask=real[:, None])
+    elif CODES == "int8":
         whole = (y + MAGIC).to(tl.int32, bitcast=True)
         tl.store(high + code_tile, ((whole + 128) >> 8).to(tl.int8), mask=real[:, None])
         tl.store(low + code_tile, whole.to(tl.int8), mask=real[:, None])

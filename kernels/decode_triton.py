@@ -5,7 +5,7 @@ tensor core's eight columns (as its rows they would fill a quarter of sixteen), 
 tensor cores as they lie, K [P, D] and V [D, P], without a transposition:
 
     prepare   q H / unit -> high and low codes, once a call
-    means     int4: q . k_mean of each page (one number a row and page)
+    means     int4, k4v2: q . k_mean of each page (one number a row and page)
     sweep     x = k_codes (q_high | q_low) * k_scale;  p = exp2(x - peak)
               acc += v_codes (w_high | w_low),  w = p * v_scale / (largest of the tile)
     join      merges the splits and takes out back through H
@@ -36,14 +36,23 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ringspan.kernels.decode import ROTATED, page_tokens_of
+from ringspan.kernels.decode import CODES, ROTATED, page_tokens_of
 from ringspan.kernels.decode4_triton import sweep4_kernel
 from ringspan.kernels.decode8_triton import sweep8_kernel
 from ringspan.kernels.decode_ends_triton import join_kernel, means_kernel, prepare_kernel
+from ringspan.kernels.decode_k4v2_triton import sweep_k4v2_kernel
 from ringspan.kernels.decode_plain_triton import sweep_plain_kernel
+from ringspan.kernels.decode_wide_triton import sweep4_wide_kernel, sweep8_wide_kernel
 from ringspan.types import Part
 
 LOG2_E = 1.4426950408889634
+
+NARROW_ROWS = 16
+"""Up to here a sweep is bound by reading the keys; above it by the work on scores: see
+decode_wide_triton.py."""
+
+WIDE = ("int8", "int4")
+"""Kinds that decode_wide_triton.py sweeps for more rows."""
 
 MAX_BLOCK_R = 64
 """Rows (tokens times q heads of a kv head) that share one sweep."""
@@ -76,24 +85,25 @@ class Config(NamedTuple):
 
 
 DEFAULTS: dict[str, tuple[Config, Config]] = {
-    "int8": (Config(4, 3, 2), Config(8, 3, 1)),
+    "int8": (Config(4, 3, 2), Config(4, 3, 2)),
     "fp8": (Config(4, 3, 2, least_r=16), Config(8, 3, 1)),
-    "int4": (Config(4, 3, 2), Config(8, 3, 1, steps=2)),
+    "int4": (Config(4, 3, 2), Config(4, 2, 2)),
+    "k4v2": (Config(4, 3, 2), Config(8, 3, 1, steps=2)),
     "plain": (Config(4, 2, 2), Config(4, 2, 1)),
 }
 """For up to 16 rows of a kv head, and for more."""
 
 TUNED: dict[tuple[tuple[int, int], str], tuple[Config, Config]] = {
-    ((9, 0), "int8"): (Config(4, 3, 2), Config(8, 3, 4)),
+    ((9, 0), "int8"): (Config(4, 3, 2), Config(4, 3, 6)),
     ((9, 0), "fp8"): (Config(4, 3, 2), Config(8, 3, 4)),
-    ((9, 0), "int4"): (Config(2, 3, 4), Config(8, 3, 6, steps=2)),
+    ((9, 0), "int4"): (Config(2, 3, 4), Config(4, 2, 6)),
 }
 """As DEFAULTS, by compute capability and kind; on an H200, 2^20 keys of 8 heads of 128."""
 
 
 def config_for(kind: str, block_r: int, device: torch.device) -> Config:
     pair = TUNED.get((_capability(device), kind), DEFAULTS[kind])
-    return pair[block_r > 16]
+    return pair[block_r > NARROW_ROWS]
 
 
 def serves(kind: str, q: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> bool:
@@ -103,7 +113,9 @@ def serves(kind: str, q: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> boo
         return dim in (16, 32, 64, 128, 256)
     if kind == "int8" and dim == 256 and q.dtype == torch.float32:
         return False  # the matrix of signs in fp32 is larger than a multiprocessor's shared memory
-    if kind == "int4":
+    if kind == "int2":
+        return False  # few rows attend to decoded stretches
+    if kind in ("int4", "k4v2"):
         return dim in (64, 128) and tokens in (64, 128)
     if kind == "fp8" and _capability(q.device) < (8, 9):
         return False
@@ -139,7 +151,12 @@ def attend_pages_triton(
     block_r = _block_r(num_tokens, sequences, group)
     config = config or config_for(kind, block_r, q.device)
     block_r = min(max(block_r, config.least_r), config.most_r)
-    paired = config.paired and config.p_terms == 2 and kind != "plain"
+    if dim == 256:
+        block_r = min(block_r, NARROW_ROWS)  # more would not fit the registers
+    wide = block_r > NARROW_ROWS and kind in WIDE
+    if wide:
+        block_r = MAX_BLOCK_R  # the rows of a warp-group product
+    paired = config.paired and config.p_terms == 2 and not wide and kind != "plain"
     paired = paired and 2 * triton.cdiv(num_tokens, sequences) * group <= block_r
     tile_rows = block_r // 2 if paired else block_r
     tiles = triton.cdiv(num_tokens * group, tile_rows)
@@ -179,39 +196,49 @@ def attend_pages_triton(
     else:
         table = q if page_table is None else page_table
         width = 0 if page_table is None else page_table.shape[-1]
-        paged = {"HAS_TABLE": page_table is not None}
-        codes = torch.float8_e4m3fn if kind == "fp8" else torch.int8
-        high, low = torch.empty((2, num_rows, dim), dtype=codes, device=q.device)
-        groups = max(1, dim // 64) if kind == "int4" else 0
+        paged: dict[str, int] = {"HAS_TABLE": page_table is not None}
+        dtype = torch.float16 if wide else CODES["fp8" if kind == "fp8" else "int8"]
+        high, low = torch.empty((2, num_rows, dim), dtype=dtype, device=q.device)
+        groups = max(1, dim // 64) if kind in ("int4", "k4v2") and not wide else 0
         row_scale = torch.empty(num_rows, **fp32)
         sums = torch.empty((num_rows, groups), **fp32) if groups else row_scale
         prepare_kernel[(triton.cdiv(num_rows, _PREPARE_ROWS),)](
             q, high, low, row_scale, sums, q.stride(0), q.stride(1), num_rows, q_heads,
             factor, 1 / math.sqrt(dim),
-            D=dim, GROUPS=groups, ROTATE=rotate, INTEGER=kind != "fp8", BLOCK_R=_PREPARE_ROWS,
+            D=dim, GROUPS=groups, ROTATE=rotate, BLOCK_R=_PREPARE_ROWS,
+            CODES="wide" if wide else "fp8" if kind == "fp8" else "int8",
             num_warps=4 if dim < 256 else 8,
         )  # fmt: skip
         sizes = (num_tokens, sequences, num_heads, width)
+        split = (table, rows, first, ends, part_out, part_lse, *sizes)
+        last = (stop, softcap * LOG2_E)
         terms = {"Q_TERMS": config.q_terms, "P_TERMS": config.p_terms, "PAIRED": paired}
-        if kind == "int4":
-            k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero = tensors
+        paged |= {"P": block_n}
+        if wide:
+            kernel = sweep4_wide_kernel if kind == "int4" else sweep8_wide_kernel
+            kernel[grid](
+                high, row_scale, *tensors, *split, *last,
+                ASM=q.is_cuda, STEPS=config.steps, **index, **paged, **launch,
+            )  # fmt: skip
+        elif kind in ("int4", "k4v2"):
+            k_codes, k_scale, k_zero, k_mean, *v_side = tensors
             pages = triton.cdiv(stop, block_n)
             means = torch.empty((tiles * num_heads, pages, block_r), **fp32)
             means_kernel[(tiles * num_heads, triton.cdiv(pages, _MEANS_PAGES))](
                 high, low, k_mean, means, table, rows, *sizes, pages,
-                BLOCK_P=_MEANS_PAGES, PAIRED=paired, **index, **paged, num_warps=4,
+                BLOCK_P=_MEANS_PAGES, PAIRED=paired, **index,
+                HAS_TABLE=page_table is not None, num_warps=4,
             )  # fmt: skip
-            sweep4_kernel[grid](
-                high, low, row_scale, sums, means, k_codes, k_scale, k_zero, v_codes, v_scale,
-                v_zero, table, rows, first, ends, part_out, part_lse, *sizes, pages, stop,
-                softcap * LOG2_E, P=block_n, ASM=q.is_cuda, STEPS=config.steps, **index, **paged,
-                **terms, **launch,
+            kernel = sweep4_kernel if kind == "int4" else sweep_k4v2_kernel
+            kernel[grid](
+                high, low, row_scale, sums, means, k_codes, k_scale, k_zero, *v_side, *split,
+                pages, *last,
+                ASM=q.is_cuda, STEPS=config.steps, **index, **paged, **terms, **launch,
             )  # fmt: skip
         else:
             sweep8_kernel[grid](
-                high, low, row_scale, *tensors, table, rows, first, ends, part_out, part_lse,
-                *sizes, stop, softcap * LOG2_E,
-                P=block_n, INTEGER=kind == "int8", **index, **paged, **terms, **launch,
+                high, low, row_scale, *tensors, *split, *last,
+                INTEGER=kind == "int8", **index, **paged, **terms, **launch,
             )  # fmt: skip
     join_kernel[(num_rows,)](
         part_out, part_lse, out, lse, num_rows, splits, 1 / math.sqrt(dim),

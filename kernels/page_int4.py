@@ -77,7 +77,19 @@ def shapes(
 
 def encode(k: torch.Tensor, v: torch.Tensor, into: tuple[torch.Tensor, ...]) -> None:
     """As pages.encode_pages, whose checks have passed."""
-    k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero = into
+    encode_k(k, into[:4])
+    v_codes, v_scale, v_zero = into[4:]
+    page_tokens = v_scale.shape[3]
+    for tokens, pages in stretches(v, page_tokens):
+        z, finite = _rotated(v[tokens], page_tokens)
+        codes, v_scale[pages], v_zero[pages] = _codes(z, finite, v[tokens].shape[0])
+        low, high = codes.chunk(2, 3)
+        v_codes[pages] = (low | high << 4).permute(1, 2, 0, 3)
+
+
+def encode_k(k: torch.Tensor, into: tuple[torch.Tensor, ...]) -> None:
+    """K alone -> its four tensors."""
+    k_codes, k_scale, k_zero, k_mean = into
     page_tokens, half = k_codes.shape[2], k_codes.shape[3]
     for tokens, pages in stretches(k, page_tokens):
         y, finite = _rotated(k[tokens], page_tokens)
@@ -91,16 +103,24 @@ def encode(k: torch.Tensor, v: torch.Tensor, into: tuple[torch.Tensor, ...]) -> 
         codes, k_scale[pages], k_zero[pages] = _codes(z, finite, k[tokens].shape[0])
         packed = codes[:half] | codes[half:] << 4  # [D/2, U, H, P]
         k_codes[pages] = packed.permute(1, 2, 3, 0)
-    for tokens, pages in stretches(v, page_tokens):
-        z, finite = _rotated(v[tokens], page_tokens)
-        codes, v_scale[pages], v_zero[pages] = _codes(z, finite, v[tokens].shape[0])
-        low, high = codes.chunk(2, 3)
-        v_codes[pages] = (low | high << 4).permute(1, 2, 0, 3)
 
 
 def decode(tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor) -> None:
     """As pages.decode_pages, whose checks have passed."""
-    k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero = tensors
+    decode_k(tensors[:4], k)
+    v_codes, v_scale, v_zero = tensors[4:]
+    page_tokens = v_scale.shape[3]
+    for tokens, pages in stretches(v, page_tokens):
+        packed = v_codes[pages].permute(2, 0, 1, 3)  # [D, U, H, P/2]
+        columns = torch.empty(*packed.shape[:3], page_tokens, device=v.device)
+        columns[..., : page_tokens // 2] = packed & 15
+        columns[..., page_tokens // 2 :] = packed >> 4
+        from_columns(_values(columns, v_scale[pages], v_zero[pages]), v[tokens])
+
+
+def decode_k(tensors: tuple[torch.Tensor, ...], k: torch.Tensor) -> None:
+    """K alone, from its four tensors."""
+    k_codes, k_scale, k_zero, k_mean = tensors
     page_tokens, dim = k_codes.shape[2], k.shape[2]
     for tokens, pages in stretches(k, page_tokens):
         packed = k_codes[pages].permute(3, 0, 1, 2).contiguous()  # [D/2, U, H, P]
@@ -110,12 +130,6 @@ def decode(tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor) 
         columns = _values(columns, k_scale[pages], k_zero[pages])
         columns += rotated_mean(k_mean[pages]).permute(2, 0, 1)[..., None]
         from_columns(columns, k[tokens])
-    for tokens, pages in stretches(v, page_tokens):
-        packed = v_codes[pages].permute(2, 0, 1, 3)  # [D, U, H, P/2]
-        columns = torch.empty(*packed.shape[:3], page_tokens, device=v.device)
-        columns[..., : page_tokens // 2] = packed & 15
-        columns[..., page_tokens // 2 :] = packed >> 4
-        from_columns(_values(columns, v_scale[pages], v_zero[pages]), v[tokens])
 
 
 def rotated_mean(mean: torch.Tensor) -> torch.Tensor:

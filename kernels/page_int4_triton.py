@@ -19,16 +19,14 @@ from ringspan.kernels.page_scaled_triton import (
     Config,
     load_halves,
     rotate_halves,
-    round_to_even,
-    row_peak,
     store_halves,
 )
 from ringspan.kernels.rotate_triton import signs_of
 
 CONFIGS = {
-    "int4 encode k": Config(8, 3, 264),
+    "int4 encode k": Config(4, 2, 264),
     "int4 encode v": Config(4, 2, 528),
-    "int4 decode k": Config(4, 1, 528),
+    "int4 decode k": Config(4, 3, 528),
     "int4 decode v": Config(4, 2, 528),
 }
 """K's tile is of all tokens of a page, V's of half of them."""
@@ -59,27 +57,32 @@ def _spread(of_group, HALF: tl.constexpr):
 
 
 @triton.jit
-def _steps(low, high, finite, real):
-    """Limits of groups [R, GROUPS] fp32 -> scale and zero to be stored, fp16."""
-    zero = low.to(tl.float16)
-    spread = high - low
-    scale = tl.div_rn(spread, 15.0 + tl.zeros_like(spread)).to(tl.float16)
+def _steps(low, high, norm, real):
+    """Limits of groups [R, GROUPS] fp32, before `norm` -> scale and zero to be stored, fp16; nan
+    where fp16 cannot hold them, or where the limits are not finite."""
+    zero = (low * norm).to(tl.float16)
+    scale = ((high - low) * (norm * 0.06666666666666667)).to(tl.float16)
     top: tl.constexpr = 65504.0
-    good = finite[:, None] & (scale.to(tl.float32) <= top) & (tl.abs(zero.to(tl.float32)) <= top)
+    good = (tl.abs(scale.to(tl.float32)) <= top) & (tl.abs(zero.to(tl.float32)) <= top)
     scale = tl.where(good, scale, float("nan"))
     scale = tl.where(real[:, None], scale, 0.0)
     return scale.to(tl.float16), tl.where(good & real[:, None], zero, 0.0).to(tl.float16)
 
 
 @triton.jit
-def _codes(z, scale, zero):
-    """z [R, HALF] fp32, scale and zero [R, GROUPS] fp16 -> codes [R, HALF] uint8."""
+def _codes(z, scale, zero, norm):
+    """z [R, HALF] fp32 before `norm`, scale and zero [R, GROUPS] fp16 -> codes [R, HALF] uint8.
+
+    The nearest whole number is what 1.5 * 2^23 leaves in the low bits; of nan: 0.
+    """
     step = scale.to(tl.float32)
     used = step > 0.0  # of nan: not
-    inverse = tl.where(used, tl.div_rn(1.0, tl.where(used, step, 1.0)), 0.0)
-    value = (z - _spread(zero.to(tl.float32), z.shape[1])) * _spread(inverse, z.shape[1])
-    value = tl.minimum(tl.maximum(value, 0.0), 15.0)
-    return round_to_even(value).to(tl.uint8)
+    inverse = tl.where(used, norm / tl.where(used, step, 1.0), 0.0)
+    base = zero.to(tl.float32) * (1.0 / norm)
+    magic: tl.constexpr = 12582912.0
+    value = (z - _spread(base, z.shape[1])) * _spread(inverse, z.shape[1]) + magic
+    value = tl.minimum(tl.maximum(value, magic), magic + 15.0)
+    return value.to(tl.int32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def _encode_halves(
     high0,
     low1,
     high1,
-    finite,
+    norm,
     real,
     side,
     scale,
@@ -120,38 +123,35 @@ def _encode_halves(
 ):
     """Halves of rows [R, HALF] -> their codes; stores scale and zero, at `side` [R, 1] tokens."""
     group = tl.arange(0, GROUPS)[None, :] * P
-    scale0, zero0 = _steps(low0, high0, finite, real)
+    scale0, zero0 = _steps(low0, high0, norm, real)
     tl.store(scale + side + group, scale0)
     tl.store(zero + side + group, zero0)
     if SHARED:
         scale1 = scale0
         zero1 = zero0
     else:
-        scale1, zero1 = _steps(low1, high1, finite, real)
+        scale1, zero1 = _steps(low1, high1, norm, real)
         tl.store(scale + side + group + GROUPS * P, scale1)
         tl.store(zero + side + group + GROUPS * P, zero1)
-    return _codes(z0, scale0, zero0), _codes(z1, scale1, zero1)
+    return _codes(z0, scale0, zero0, norm), _codes(z1, scale1, zero1, norm)
 
 
 @triton.jit
-def _rotated(x_tile, dim, real, signs, norm, HALF: tl.constexpr):
-    """Halves of y [R, HALF] fp32 and whether its rows are finite; those that are not are 0."""
+def _rotated(x_tile, dim, real, signs, HALF: tl.constexpr):
+    """Halves of x S [R, HALF] fp32. A row with an element that is not finite has none that is."""
     a, b = load_halves(x_tile, dim, real, HALF)
-    y0, y1 = rotate_halves(a, b, signs)
-    y0 *= norm
-    y1 *= norm
-    finite = row_peak(y0, y1) < float("inf")
-    return tl.where(finite[:, None], y0, 0.0), tl.where(finite[:, None], y1, 0.0), finite
+    return rotate_halves(a, b, signs)
 
 
 @triton.jit
-def _column_mean(y, count):
-    """Mean [HALF] as it is stored, nan if fp16 cannot hold it, and as it is subtracted, then 0."""
-    total = tl.sum(y, 0)
-    mean = tl.div_rn(total, count + tl.zeros_like(total)).to(tl.float16)
+def _column_mean(y, counted, share, norm):
+    """Mean [HALF] over the counted rows of y norm, each `share` of it, as it is stored, nan if fp16
+    cannot hold it, and as it is subtracted from y, then 0."""
+    total = tl.sum(tl.where(counted[:, None], y, 0.0), 0)
+    mean = (total * (norm * share)).to(tl.float16)
     holds = tl.abs(mean.to(tl.float32)) <= 65504.0
     stored = tl.where(holds, mean, float("nan")).to(tl.float16)
-    return stored, tl.where(holds, mean.to(tl.float32), 0.0)
+    return stored, tl.where(holds, mean.to(tl.float32), 0.0) * (1.0 / norm)
 
 
 @triton.jit
@@ -182,29 +182,30 @@ def _encode_k_kernel(
         token = tile // num_heads * P + slot
         real = token < num_tokens
         x_tile = x + (token * x_t + tile % num_heads * x_h)[:, None]
-        y0, y1, finite = _rotated(x_tile, dim, real, signs, norm, HALF)  # [P, HALF]
+        y0, y1 = _rotated(x_tile, dim, real, signs, HALF)  # [P, HALF]
         low0, high0, low1, high1 = _half_limits(y0, y1, GROUPS, SHARED)
         y_range = _range(low0, high0, low1, high1)
-        counted = finite & real
-        count = tl.maximum(tl.sum(counted.to(tl.int32), 0), 1).to(tl.float32)
-        stored0, mean0 = _column_mean(y0, count)
-        stored1, mean1 = _column_mean(y1, count)
-        z0 = y0 - mean0[None, :]
-        z1 = y1 - mean1[None, :]
-        z_low0, z_high0, z_low1, z_high1 = _half_limits(z0, z1, GROUPS, SHARED)
+        counted = real & (y_range < float("inf"))  # of nan: not
+        share = 1.0 / tl.maximum(tl.sum(counted.to(tl.int32), 0), 1).to(tl.float32)
+        stored0, mean0 = _column_mean(y0, counted, share, norm)
+        stored1, mean1 = _column_mean(y1, counted, share, norm)
+        # y less its mean is taken twice: kept, it would take the registers of a second program
+        z_low0, z_high0, z_low1, z_high1 = _half_limits(
+            y0 - mean0[None, :], y1 - mean1[None, :], GROUPS, SHARED
+        )
         z_range = _range(z_low0, z_high0, z_low1, z_high1)
         widens = tl.max(((z_range > 2.0 * y_range) & counted).to(tl.int32), 0) > 0
         tl.store(mean + tile * (2 * HALF) + dim, tl.where(widens, 0.0, stored0))
         tl.store(mean + tile * (2 * HALF) + HALF + dim, tl.where(widens, 0.0, stored1))
-        z0 = tl.where(widens, y0, z0)
-        z1 = tl.where(widens, y1, z1)
+        z0 = y0 - tl.where(widens, 0.0, mean0)[None, :]
+        z1 = y1 - tl.where(widens, 0.0, mean1)[None, :]
         low0 = tl.where(widens, low0, z_low0)
         high0 = tl.where(widens, high0, z_high0)
         low1 = tl.where(widens, low1, z_low1)
         high1 = tl.where(widens, high1, z_high1)
         side = tile * (NUM_GROUPS * P) + slot[:, None]
         code0, code1 = _encode_halves(
-            z0, z1, low0, high0, low1, high1, finite, real, side, scale, zero, P, GROUPS, SHARED
+            z0, z1, low0, high0, low1, high1, norm, real, side, scale, zero, P, GROUPS, SHARED
         )
         code_tile = codes + tile * (HALF * P) + slot[:, None] * HALF + dim[None, :]
         tl.store(code_tile, code0 | (code1 << 4))
@@ -239,18 +240,18 @@ def _encode_v_kernel(
         x_tile = x + (token * x_t + tile % num_heads * x_h)[:, None]
         side = tile * (NUM_GROUPS * P) + slot[:, None]
         real = token < num_tokens
-        y0, y1, finite = _rotated(x_tile, dim, real, signs, norm, HALF)  # [R, HALF]
+        y0, y1 = _rotated(x_tile, dim, real, signs, HALF)  # [R, HALF]
         low0, high0, low1, high1 = _half_limits(y0, y1, GROUPS, SHARED)
         first0, first1 = _encode_halves(
-            y0, y1, low0, high0, low1, high1, finite, real, side, scale, zero, P, GROUPS, SHARED
+            y0, y1, low0, high0, low1, high1, norm, real, side, scale, zero, P, GROUPS, SHARED
         )
         real = token + R < num_tokens
         side += R
         x_tile += one * R * x_t
-        y0, y1, finite = _rotated(x_tile, dim, real, signs, norm, HALF)
+        y0, y1 = _rotated(x_tile, dim, real, signs, HALF)
         low0, high0, low1, high1 = _half_limits(y0, y1, GROUPS, SHARED)
         second0, second1 = _encode_halves(
-            y0, y1, low0, high0, low1, high1, finite, real, side, scale, zero, P, GROUPS, SHARED
+            y0, y1, low0, high0, low1, high1, norm, real, side, scale, zero, P, GROUPS, SHARED
         )
         code_tile = codes + tile * (2 * HALF * R) + dim[:, None] * R + slot[None, :]  # [HALF, R]
         tl.store(code_tile, tl.trans(first0 | (second0 << 4)))
@@ -407,14 +408,24 @@ def _decode_v_kernel(
 
 def encode(k: torch.Tensor, v: torch.Tensor, into: tuple[torch.Tensor, ...]) -> None:
     """As page_int4.encode, for CUDA tensors; D 32 to 256, a power of two."""
-    _launch(_encode_k_kernel, "int4 encode k", (k, *into[:4]), k, into[1])
+    encode_k(k, into[:4])
     _launch(_encode_v_kernel, "int4 encode v", (v, *into[4:]), v, into[5])
+
+
+def encode_k(k: torch.Tensor, into: tuple[torch.Tensor, ...]) -> None:
+    """As page_int4.encode_k."""
+    _launch(_encode_k_kernel, "int4 encode k", (k, *into), k, into[1])
 
 
 def decode(tensors: tuple[torch.Tensor, ...], k: torch.Tensor, v: torch.Tensor) -> None:
     """As page_int4.decode, for CUDA tensors; D 32 to 256, a power of two."""
-    _launch(_decode_k_kernel, "int4 decode k", (*tensors[:4], k), k, tensors[1])
+    decode_k(tensors[:4], k)
     _launch(_decode_v_kernel, "int4 decode v", (*tensors[4:], v), v, tensors[5])
+
+
+def decode_k(tensors: tuple[torch.Tensor, ...], k: torch.Tensor) -> None:
+    """As page_int4.decode_k."""
+    _launch(_decode_k_kernel, "int4 decode k", (*tensors, k), k, tensors[1])
 
 
 def shape(dim: int, page_tokens: int) -> dict[str, int | bool]:

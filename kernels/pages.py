@@ -1,10 +1,13 @@
-"""Whole pages of K and V as codes of 8 or 4 bits, laid out for attention over the codes.
+"""Whole pages of K and V as codes of 8 to 2 bits, laid out for attention over the codes.
 
     int8   y = x S / sqrt(D)    codes = round(127 y / max |y|), one fp32 scale a (token, head)
     fp8    y = x                codes = e4m3(448 y / max |y|), one fp32 scale a (token, head)
     int4   y = x S / sqrt(D)    codes = round((y - m - zero) / scale) in 0 .. 15, fp16 scale and
                                 zero a group of 64 dimensions; m: K's mean over the page's tokens,
                                 or 0 where it would coarsen one of them
+    k4v2   K as int4; V rotated, in 2 bits with one fp16 scale a (token, head) and one of 8 bits a
+           (dimension, head) of the page
+    int2   K rotated, less its page mean, in 2 bits with one fp16 scale a (token, head); V as k4v2
 
 U pages of P tokens, H kv heads, D head_dim, G groups. A tensor [U, ...] is contiguous.
 
@@ -13,11 +16,16 @@ int4       k_codes [U, H, P, D/2]  uint8: dimension d in the low nibble, d + D/2
            k_scale, k_zero [U, H, G, P] fp16    k_mean [U, H, D] fp16
            v_codes [U, H, D, P/2]  uint8: token n in the low nibble, n + P/2 in the high one
            v_scale, v_zero [U, H, G, P] fp16
+k4v2       k_codes, k_scale, k_zero, k_mean as int4    v_codes [U, H, D/2, P/2] uint8: token n of
+           dimension d in the lowest two bits, then n + P/2 of d, n and n + P/2 of d + D/2
+           v_scale [U, H, P] fp16    v_dims [U, H, D] uint8
+int2       k_codes [U, H, P, D/4] uint8: dimension d in the lowest two bits, then d + D/4, d + D/2
+           and d + 3D/4    k_scale [U, H, P] fp16    k_mean [U, H, D] fp16    V as k4v2
 
 K lies dimension by dimension and V token by token, as the two products of attention want them. The
 context's last page may be short: what it lacks has code, scale and zero 0. S (the signs of
-rotate.py) is left out where D is not a power of two; page_scaled.py and page_int4.py say what zeros
-and what is not finite become.
+rotate.py) is left out where D is not a power of two; page_scaled.py, page_int4.py, page_k4v2.py
+and page_int2.py say what zeros and what is not finite become.
 Cost   int4 of bf16: reads 2 bytes a value, writes 0.56: memory-bound.
 Source QuaRot, https://arxiv.org/abs/2404.00456 (rotation); KIVI, https://arxiv.org/abs/2402.02750
        (K's outliers lie in channels: here the mean of each).
@@ -32,10 +40,10 @@ from __future__ import annotations
 
 import torch
 
-from ringspan.kernels import page_int4, page_scaled
+from ringspan.kernels import page_int2, page_int4, page_k4v2, page_scaled
 from ringspan.kernels.merge import FLOATS
 
-KINDS = ("int8", "fp8", "int4")
+KINDS = ("int8", "fp8", "int4", "k4v2", "int2")
 
 _KERNEL_256_SHARED_BYTES = 136 << 10
 """What the rotating kernels take at D 256."""
@@ -44,6 +52,7 @@ _SCALED = {
     "int8": page_scaled.INT8,
     "fp8": page_scaled.FP8,
 }
+_FEW_BITS = {"int4": page_int4, "k4v2": page_k4v2, "int2": page_int2}
 
 
 def encode_pages(
@@ -66,8 +75,8 @@ def encode_pages(
     # tensor cores would round fp32: the torch code gives the bits of the CPU on any device
     if k.dtype != torch.float32 and _has_kernel(kind, k, page_tokens):
         _triton(kind).encode(k, v, into)
-    elif kind == "int4":
-        page_int4.encode(k, v, into)
+    elif kind in _FEW_BITS:
+        _FEW_BITS[kind].encode(k, v, into)
     else:
         page_scaled.encode(_SCALED[kind], k, v, into)
 
@@ -92,8 +101,8 @@ def decode_pages(
     tensors = tuple(tensor[:units] for tensor in tensors)
     if _has_kernel(kind, k, page_tokens):
         _triton(kind).decode(tensors, k, v)
-    elif kind == "int4":
-        page_int4.decode(tensors, k, v)
+    elif kind in _FEW_BITS:
+        _FEW_BITS[kind].decode(tensors, k, v)
     else:
         page_scaled.decode(_SCALED[kind], tensors, k, v)
 
@@ -103,12 +112,12 @@ def page_shapes(
 ) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     """Name, shape of one page and dtype of the tensors of a kind, in their order.
 
-    Raises ValueError for an unknown kind, or where int4 cannot pack two codes into a byte.
+    Raises ValueError for an unknown kind, or where codes of few bits do not fill bytes.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of page {kind!r}; known: {', '.join(KINDS)}")
-    if kind == "int4":
-        return page_int4.shapes(num_kv_heads, head_dim, page_tokens)
+    if kind in _FEW_BITS:
+        return _FEW_BITS[kind].shapes(num_kv_heads, head_dim, page_tokens)
     return page_scaled.shapes(_SCALED[kind], num_kv_heads, head_dim, page_tokens)
 
 
@@ -163,6 +172,14 @@ def _triton(kind: str):
         from ringspan.kernels import page_int4_triton
 
         return page_int4_triton
+    if kind == "k4v2":
+        from ringspan.kernels import page_k4v2_triton
+
+        return page_k4v2_triton
+    if kind == "int2":
+        from ringspan.kernels import page_int2_triton
+
+        return page_int2_triton
     from ringspan.kernels import page_scaled_triton
 
     return page_scaled_triton.INT8 if kind == "int8" else page_scaled_triton.FP8

@@ -4,13 +4,14 @@
     16  records:  kind 4 bytes | zero u32 | body bytes u64 | checksum 16 bytes | body
 
     HEAD   JSON of `ArchiveHead`: the manifest without its pages, and how pages are stored
-    TOKN   token ids, int32
+    TOKN   token ids, int32; of an encrypted context a file as `encryption` makes it
     PAGE   a page's frame without the zeros behind its payload, or a packed frame; in page order
     ENDS   msgpack of `ArchiveEnd`: counts, BLAKE3 of every byte before this record
 
 checksum = xxh3-128 of the 16 bytes before it and the body. Nothing follows ENDS. Page keys follow
 from model, namespace and tokens, so that the file needs no index and names no other file. A length
-is compared with what is left of the file before anything of it is read or allocated.
+is compared with what is left of the file before anything of it is read or allocated. A tenant's
+namespace does not stand in the file: HEAD has its digest, and whoever takes it in must know it.
 """
 
 from __future__ import annotations

@@ -14,17 +14,23 @@ import msgspec
 
 from ringspan.errors import CorruptPage, StoreError
 from ringspan.kvstore.frame import aligned
-from ringspan.kvstore.manifest import read_manifest
-from ringspan.kvstore.page import verify_sums
-from ringspan.kvstore.parity import check_parity, parity_rows
+from ringspan.kvstore.index_copy import check_index_copy, check_locked_tokens
+from ringspan.kvstore.journal import journal_problems
+from ringspan.kvstore.manifest import cipher_for, read_manifest
+from ringspan.kvstore.page import Page, verify_payload, verify_sums
+from ringspan.kvstore.parity import FILE as PARITY
+from ringspan.kvstore.parity import ParityRows, check_parity, parity_rows
 from ringspan.kvstore.planes import payload_sums
+from ringspan.kvstore.side_file import side_file_problems
 from ringspan.kvstore.supply import NO_QUARANTINE, Supply
 from ringspan.kvstore.tiers.counters import StoreCounters
-from ringspan.kvstore.tiers.placement import TierName, read_placement, reader_of
+from ringspan.kvstore.tiers.placement import FILE as TIERS
+from ringspan.kvstore.tiers.placement import Placement, TierName, read_placement, reader_of
 from ringspan.kvstore.tokens import TOKENS, read_tokens
 from ringspan.types import Span
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ringspan.cluster.messages import PageRecord
@@ -57,6 +63,12 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
     payload_bytes: int
     problems: tuple[str, ...]
     """With the manifest or the tokens: the context as a whole cannot be used."""
+    side_problems: tuple[str, ...] = ()
+    """With the copy of the index, `tiers.json`, `parity.json`: a repair writes them anew."""
+    notes: tuple[str, ...] = ()
+    """With journals (`*.journal`) in the store's folder: no page is lost by it."""
+    locked: bool = False
+    """A tenant's, not known here: keys were not made again from tokens, nothing was decrypted."""
     bad_pages: tuple[BadPage, ...]
     bad_parity: tuple[str, ...] = ()
     """A line about each piece of parity that is damaged, and about pages that none covers."""
@@ -66,31 +78,44 @@ class VerifyReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ok(self) -> bool:
-        return not self.problems and not self.bad_pages and not self.bad_parity
+        found = (self.problems, self.side_problems, self.bad_pages, self.bad_parity)
+        return not any(found)
 
 
-def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> VerifyReport:
+def verify(
+    folder: Path,
+    progress: Progress | None = None,
+    readers: int = 2,
+    *,
+    namespaces: Sequence[bytes] = (),
+) -> VerifyReport:
     """Read and verify every frame of the context in `folder`, its tokens and its key chain.
 
-    Raises nothing: all damage goes into the report.
+    A tenant's context whose namespace is none of these is verified as it is stored: rot is found
+    without any secret. Otherwise what is encrypted is decrypted too. Raises nothing: all damage
+    goes into the report.
     """
     began = time.perf_counter()
     problems: list[str] = []
     bad: list[BadPage] = []
     bad_parity: list[str] = []
+    side = side_file_problems(folder / TIERS, Placement)
+    side += side_file_problems(folder / PARITY, ParityRows)
     rows = 0
+    locked = False
     records: tuple[PageRecord, ...] = ()
     try:
-        manifest = read_manifest(folder)
-        records = manifest.pages
+        manifest = read_manifest(folder, namespaces)
+        records, locked = manifest.pages, manifest.locked
     except StoreError as error:
         problems.append(str(error))
     else:
+        problems += _token_problems(folder, manifest)
+        side += check_index_copy(folder, manifest)
         try:
-            read_tokens(folder / TOKENS, manifest)
-        except StoreError as error:
+            bad = _verify_pages(folder, manifest, progress, readers)
+        except StoreError as error:  # nothing says where the pages are
             problems.append(str(error))
-        bad = _verify_pages(folder, manifest, progress, readers)
         try:
             rows = parity_rows(folder)
             bad_parity = check_parity(folder, records)
@@ -101,11 +126,28 @@ def verify(folder: Path, progress: Progress | None = None, readers: int = 2) -> 
         num_pages=len(records),
         payload_bytes=sum(record.payload_bytes for record in records),
         problems=tuple(problems),
+        side_problems=tuple(side),
+        notes=tuple(_journal_notes(folder.parent.parent)),
+        locked=locked,
         bad_pages=tuple(bad),
         bad_parity=tuple(bad_parity),
         parity_rows=rows,
         elapsed_s=time.perf_counter() - began,
     )
+
+
+def _journal_notes(root: Path) -> list[str]:
+    return [line for path in sorted(root.glob("*.journal")) for line in journal_problems(path)]
+
+
+def _token_problems(folder: Path, manifest: Manifest) -> Sequence[str]:
+    if manifest.locked:
+        return check_locked_tokens(folder, manifest)
+    try:
+        read_tokens(folder / TOKENS, manifest)
+    except StoreError as error:
+        return (str(error),)
+    return ()
 
 
 def _verify_pages(
@@ -141,12 +183,23 @@ def _verify_pages(
 def _problem(supply: Supply, record: PageRecord) -> str | None:
     room = memoryview(bytearray(aligned(record.payload_bytes)))
     try:
-        header = supply.page(record, room).header
+        header = supply.stored_page(record, room).header
         form, payload = header.form, room[: record.payload_bytes]
         verify_sums(header, payload_sums(payload, form.specs, form.num_layers, record.span.tokens))
+        if header.sealed is not None and not supply.manifest.locked:
+            _verify_opened(supply.manifest, Page(header, payload))
     except (CorruptPage, StoreError) as error:
         return str(error)
     return None
+
+
+def _verify_opened(manifest: Manifest, page: Page) -> None:
+    """It is the page that was encrypted. Decrypted in its place. Raises `CorruptPage`."""
+    cipher = cipher_for(manifest)
+    assert cipher is not None
+    plain = cipher.open_header(page.header)
+    cipher.open_payload(page.header, page.payload)
+    verify_payload(plain, page.payload)
 
 
 def _bad_page(record: PageRecord, tier: TierName, what: str) -> BadPage:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from ringspan.attention.kv import specs_bytes
 from ringspan.kvstore.frame import ALIGN, aligned
-from ringspan.kvstore.planes import gather, scatter
+from ringspan.kvstore.planes import gather, page_views, scatter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,7 +99,12 @@ class Buffer:
             self._device[:size].copy_(self._host[:size], non_blocking=True)
             self._copied.record(torch.cuda.current_stream(self._device.device))
             rows = _rows(self._device, batch.pages, page_bytes)
-        scatter(layers, specs, batch.row, batch.tokens, rows[:, :page_bytes])
+            scatter(layers, specs, batch.row, batch.tokens, rows[:, :page_bytes])
+            return
+        payloads = rows[:, :page_bytes]
+        for held, payload in page_views(layers, specs, batch.row, batch.tokens, payloads):
+            # not by torch, whose copies would start threads of their own from each reader's
+            np.copyto(held.numpy(), payload.numpy())
 
     def wait(self) -> None:
         """Until the copy between host and device is done."""

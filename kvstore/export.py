@@ -1,7 +1,8 @@
 """A stored context to one file, which `kvstore.importing` takes in again; see `kvstore.archive`.
 
 Every page is read and verified as for use, from whatever tier has it, then written to a file that
-appears whole or not at all.
+appears whole or not at all. Of an encrypted context the file is encrypted like the store: whoever
+is to read it needs the tenant's namespace, hence the server's secret.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from ringspan.errors import BadInput
 from ringspan.kvstore import archive
 from ringspan.kvstore.archive import ArchiveHead, ArchiveWriter
 from ringspan.kvstore.frame import encode_head
+from ringspan.kvstore.manifest import as_written, cipher_for
 from ringspan.kvstore.packed import archive_codec, encode_packed
+from ringspan.kvstore.tokens import tokens_name
 from ringspan.kvstore.transcode import Progress, Recoder, stored_pages
 
 if TYPE_CHECKING:
@@ -64,20 +67,32 @@ def export_context(
     if loses or codec_name:
         change = Recoder(manifest, codec_name, device, through=stored if loses else "")
     form, origin = (change.form, change.origin) if change else (manifest.form, manifest.origin)
-    tokens = store.tokens(manifest)
+    cipher = cipher_for(manifest)
+    if cipher is not None and stored != archive.FRAMES:
+        raise BadInput(
+            f"context {manifest.context_id} is encrypted, and ciphertext cannot be packed: leave "
+            "--cold and --cachegen out, or re-key it without --encrypt first"
+        )
+    tokens = np.ascontiguousarray(store.tokens(manifest), dtype="<i4").data
+    if cipher is not None:
+        tokens = memoryview(cipher.seal_blob(tokens, tokens_name(manifest.context_id)))
     head = ArchiveHead(
         stored=stored,
-        manifest=msgspec.structs.replace(
-            manifest, form=form, origin=origin, pages=(), payload_bytes=0, checksum=""
+        manifest=as_written(
+            msgspec.structs.replace(
+                manifest, form=form, origin=origin, pages=(), payload_bytes=0, checksum=""
+            )
         ),
     )
     payload_bytes = stored_bytes = 0
     with ArchiveWriter(path, replace) as writer:
         writer.add(archive.HEAD, msgspec.json.encode(head))
-        writer.add(archive.TOKENS, np.ascontiguousarray(tokens, dtype="<i4").data)
+        writer.add(archive.TOKENS, tokens)
 
         def parts(page: Page) -> tuple[int, tuple[bytes | memoryview, ...]]:
             page = page if change is None else change(page)
+            if cipher is not None:
+                page = cipher.seal(page)
             if stored == archive.FRAMES:
                 return page.payload.nbytes, (encode_head(page.header), page.payload)
             return page.payload.nbytes, encode_packed(page, stored)

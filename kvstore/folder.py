@@ -6,6 +6,8 @@
 
 A context appears by one rename of a folder whose files are all on the disk, and goes by one
 rename. What a dead process left in staging or trash is removed by the next `Store`.
+
+A store that is told namespaces shows the contexts of these alone, unlocked.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ringspan.kvstore import staging
 from ringspan.kvstore.audit import Progress, VerifyReport, verify
 from ringspan.kvstore.exchange import swap
 from ringspan.kvstore.index_copy import write_index_copy
+from ringspan.kvstore.keys import namespace_digest
 from ringspan.kvstore.manifest import (
     CONTEXT_NAME,
     MANIFEST,
@@ -34,15 +37,22 @@ from ringspan.kvstore.segment import room_bytes, store_error
 from ringspan.kvstore.tokens import TOKENS, encode_tokens, read_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
 
+    from ringspan.kvstore.encryption import PageCipher
+
 
 class Store:
-    """The contexts in one folder, which need not exist yet. Raises `StoreError`, `UnknownName`."""
+    """The contexts in one folder, which need not exist yet. Raises `StoreError`, `UnknownName`.
 
-    def __init__(self, root: Path | str) -> None:
+    namespaces: whose contexts are seen; None: all, those of tenants locked (`Manifest.locked`).
+    """
+
+    def __init__(self, root: Path | str, namespaces: Sequence[bytes] | None = None) -> None:
+        self.namespaces = namespaces
+        self._digests = None if namespaces is None else {namespace_digest(n) for n in namespaces}
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         staging.remove_stale(self.root / "staging")
         staging.remove_stale(self.root / "trash", stale_s=0.0)
@@ -66,17 +76,20 @@ class Store:
                 f"{free / 1e9:.2f} GB free: free space, use --codec int8 or another --store"
             )
 
-    def stage(self, context_id: str, token_ids: np.ndarray) -> str:
+    def stage(
+        self, context_id: str, token_ids: np.ndarray, cipher: PageCipher | None = None
+    ) -> str:
         """A new folder for ranks to write segments to, with the context's tokens in it.
 
-        token_ids: [n] integers. Ends in `publish` or `abort`.
+        token_ids: [n] integers. cipher: of the context's namespace, if that is encrypted. Ends in
+        `publish` or `abort`.
         """
         if not CONTEXT_NAME.fullmatch(context_id):
             raise BadInput(f"context id {context_id!r}: wanted 16 hex characters")
         folder: Path | None = None
         try:
             folder = staging.new_folder(self.root / "staging", context_id)
-            _write_file(folder / TOKENS, encode_tokens(token_ids))
+            _write_file(folder / TOKENS, encode_tokens(token_ids, context_id, cipher))
         except OSError as error:
             if folder is not None:
                 self.abort(str(folder))
@@ -84,9 +97,11 @@ class Store:
         return str(folder)
 
     @contextmanager
-    def staged(self, context_id: str, token_ids: np.ndarray) -> Iterator[str]:
+    def staged(
+        self, context_id: str, token_ids: np.ndarray, cipher: PageCipher | None = None
+    ) -> Iterator[str]:
         """`stage`, and `abort` when the body fails."""
-        folder = self.stage(context_id, token_ids)
+        folder = self.stage(context_id, token_ids, cipher)
         try:
             yield folder
         except BaseException:
@@ -147,7 +162,7 @@ class Store:
     # reading
 
     def ids(self) -> list[str]:
-        """Ids of all contexts, damaged ones too."""
+        """Ids of all contexts, damaged ones and those of any namespace too."""
         try:
             names = os.listdir(self.root / "contexts")
         except FileNotFoundError:
@@ -157,11 +172,12 @@ class Store:
         return sorted(name for name in names if CONTEXT_NAME.fullmatch(name))
 
     def find(self, prefix: str) -> str:
-        """The one id that begins with `prefix`; UnknownName, or BadInput when several do."""
+        """The one id that begins with `prefix`; UnknownName, or BadInput when several do. Neither
+        tells of contexts that this store does not show."""
         ids = self.ids()
-        found = [name for name in ids if prefix and name.startswith(prefix)]
+        found = [name for name in ids if prefix and name.startswith(prefix) and self._shows(name)]
         if not found:
-            raise UnknownName("context", prefix, ids)
+            raise UnknownName("context", prefix, [name for name in ids if self._shows(name)])
         if len(found) > 1:
             raise BadInput(f"context {prefix!r} is ambiguous: {', '.join(found)}; give more of it")
         return found[0]
@@ -169,7 +185,7 @@ class Store:
     def manifest(self, context_id: str) -> Manifest:
         """Of an id or its prefix."""
         name = self.find(context_id)
-        return read_manifest(self._folder(name))
+        return read_manifest(self._folder(name), self.namespaces or ())
 
     def contexts(self) -> tuple[list[Manifest], list[str]]:
         """(manifests, newest first; one line about each context whose manifest is damaged)."""
@@ -179,7 +195,7 @@ class Store:
             try:
                 good.append(self.manifest(name))
             except UnknownName:
-                continue  # removed since it was listed
+                continue  # removed since it was listed, or another's
             except StoreError as error:
                 damaged.append(str(error))
         return sorted(good, key=lambda m: -m.created_unix_s), damaged
@@ -191,11 +207,21 @@ class Store:
     def verify(self, context_id: str, progress: Progress | None = None) -> VerifyReport:
         """Read every frame of a context (id or prefix); see `kvstore.audit`."""
         name = self.find(context_id)
-        return verify(self._folder(name), progress)
+        return verify(self._folder(name), progress, namespaces=self.namespaces or ())
 
     def folder(self, manifest: Manifest) -> Path:
         """Where the context's segments lie."""
         return self._folder(manifest.context_id)
+
+    def _shows(self, context_id: str) -> bool:
+        """A damaged manifest is shown to all: it says nothing, and whoever can must mend it."""
+        if self._digests is None:
+            return True
+        try:
+            found = read_manifest(self._folder(context_id))
+        except StoreError:
+            return True
+        return found.origin.namespace in self._digests
 
     def _folder(self, context_id: str) -> Path:
         return self.root / "contexts" / context_id

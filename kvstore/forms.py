@@ -18,6 +18,7 @@ from ringspan.errors import BadInput, StoreError, UnknownName
 from ringspan.kvstore.codecs.registry import CODECS
 from ringspan.kvstore.folder import Store, segment_path
 from ringspan.kvstore.frame import ALIGN, aligned
+from ringspan.kvstore.manifest import cipher_for, unlocked
 from ringspan.kvstore.segment import SegmentWriter
 from ringspan.kvstore.tiers.disk import DISK
 from ringspan.kvstore.tiers.placement import read_placement, write_placement
@@ -35,7 +36,7 @@ FRAME_BYTES = 3 * ALIGN
 
 def form_store(store: Store, codec_name: str) -> Store:
     """Where second forms in this codec lie; it need not exist yet."""
-    return Store(store.root / FORMS / codec_name)
+    return Store(store.root / FORMS / codec_name, store.namespaces)
 
 
 def second_form(store: Store, manifest: Manifest, codec_name: str) -> tuple[Store, Manifest] | None:
@@ -46,6 +47,7 @@ def second_form(store: Store, manifest: Manifest, codec_name: str) -> tuple[Stor
     found = form_store(store, codec_name)
     with contextlib.suppress(StoreError, UnknownName):
         other = found.manifest(manifest.context_id)
+        other = unlocked(other, (bytes.fromhex(manifest.namespace),))
         if other.keys == manifest.keys:
             return found, other
     return None
@@ -77,8 +79,9 @@ def recode(
     target = store if replace else form_store(store, codec_name)
     page_bytes = aligned(recoder.form.bytes_of(manifest.page_tokens)) + FRAME_BYTES
     target.check_room(len(manifest.pages) * page_bytes + 4 * manifest.num_tokens)
-    with target.staged(manifest.context_id, store.tokens(manifest)) as staging:
-        with SegmentWriter(segment_path(staging, 0)) as writer:
+    cipher = cipher_for(manifest)
+    with target.staged(manifest.context_id, store.tokens(manifest), cipher) as staging:
+        with SegmentWriter(segment_path(staging, 0), cipher=cipher) as writer:
             pages = stored_pages(store.root, manifest, recoder, progress)
             records = tuple(writer.append(page) for page in pages)
         if replace:

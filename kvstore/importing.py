@@ -24,20 +24,36 @@ from ringspan.kvstore import archive
 from ringspan.kvstore.archive import ArchiveHead, ArchiveReader, BadArchive, Record
 from ringspan.kvstore.codecs.registry import codec
 from ringspan.kvstore.dtypes import dtype_of
+from ringspan.kvstore.encryption import plain_page
 from ringspan.kvstore.folder import segment_path
 from ringspan.kvstore.frame import ALIGN, aligned, decode_head
-from ringspan.kvstore.keys import ROOT_KEY, context_id, namespace_digest, page_keys
-from ringspan.kvstore.manifest import FORMAT, Manifest
+from ringspan.kvstore.keys import (
+    PUBLIC_NAMESPACE,
+    ROOT_KEY,
+    context_id,
+    namespace_digest,
+    page_keys,
+)
+from ringspan.kvstore.manifest import (
+    CONTEXT_NAME,
+    FORMAT,
+    Manifest,
+    check_unlocked,
+    cipher_for,
+    unlocked,
+)
 from ringspan.kvstore.packed import archive_codec, decode_packed
 from ringspan.kvstore.page import Page, differences, page_form, verify_payload, verify_sums
 from ringspan.kvstore.planes import payload_sums
 from ringspan.kvstore.segment import SegmentWriter, room_bytes
+from ringspan.kvstore.tokens import tokens_name
 from ringspan.kvstore.transcode import Progress, Recoder, in_order
 from ringspan.types import Span
 
 if TYPE_CHECKING:
     import torch
 
+    from ringspan.kvstore.encryption import PageCipher
     from ringspan.kvstore.folder import Store
 
 FRAME_BYTES = 3 * ALIGN
@@ -57,13 +73,15 @@ def import_context(
 ) -> Manifest:
     """The context in the file `path` to the store; the manifest under which it is there.
 
-    codec_name: its pages are recoded on the way, on `device`. Raises `BadArchive` (a StoreError)
+    codec_name: its pages are recoded on the way, on `device`. A tenant's context comes in only for
+    a store that shows that tenant's. Raises `BadArchive` (a StoreError)
     saying what is wrong with the file and where, `StoreError` when the store has no room, BadInput
     where it has the context already and `replace` is not set. The store is then as before.
     """
     with ArchiveReader(path) as reader:
         records = reader.records()
-        coming = _Coming(reader, next(records), next(records))
+        known = (PUBLIC_NAMESPACE,) if store.namespaces is None else store.namespaces
+        coming = _Coming(reader, next(records), next(records), known)
         if coming.manifest.context_id in store.ids() and not replace:
             raise BadInput(
                 f"{reader.name}: the store has context {coming.manifest.context_id} already: "
@@ -90,9 +108,9 @@ def _publish(
         page = coming.page(*item)
         return recoder(page) if recoder else page
 
-    with store.staged(manifest.context_id, coming.token_ids) as staging:
+    with store.staged(manifest.context_id, coming.token_ids, coming.cipher) as staging:
         written = []
-        with SegmentWriter(segment_path(staging, 0)) as writer:
+        with SegmentWriter(segment_path(staging, 0), cipher=coming.cipher) as writer:
             for page in in_order(verified, enumerate(records)):
                 written.append(writer.append(page))
                 if progress is not None:
@@ -111,20 +129,27 @@ def _publish(
 class _Coming:
     """A context on its way in: what its head promises, and whether its pages keep it."""
 
-    def __init__(self, reader: ArchiveReader, head: Record, tokens: Record) -> None:
+    def __init__(
+        self, reader: ArchiveReader, head: Record, tokens: Record, namespaces: Sequence[bytes]
+    ) -> None:
         """Raises `BadArchive` for a head that contradicts itself, its tokens or the file's size."""
         self._reader = reader
         self._where = head.where
         self._unpacked_bytes = 0
         self.stored, self.manifest = self._head(head)
-        self.token_ids = np.frombuffer(tokens.body, dtype=np.uint8)
+        self.manifest = self._unlocked(self.manifest, namespaces)
+        self.cipher = cipher_for(self.manifest)
         manifest, step = self.manifest, self.manifest.page_tokens
-        if tokens.body.nbytes != 4 * manifest.num_tokens:
+        body: bytes | memoryview = tokens.body
+        if self.cipher is not None:
+            body = self._opened(bytes(body), self.cipher)
+        if len(body) != 4 * manifest.num_tokens:
             raise self._bad(
-                f"{tokens.body.nbytes} bytes of tokens, {manifest.num_tokens} tokens are promised"
+                f"{len(body)} bytes of tokens, {manifest.num_tokens} tokens are promised"
             )
-        self.token_ids = np.frombuffer(tokens.body, dtype="<i4")
+        self.token_ids = np.frombuffer(body, dtype="<i4")
         self.keys = self._keys()
+        self._check_owner(namespaces)
         full, short = divmod(manifest.num_tokens, step)
         self._page_bytes = manifest.form.bytes_of(step)
         self.payload_bytes = full * self._page_bytes
@@ -155,9 +180,7 @@ class _Coming:
             raise self._bad(
                 f"{manifest.num_tokens} tokens, the document in [{document.start}, {document.stop})"
             )
-        words = (manifest.title, manifest.layout, *manifest.sources, *_strings(manifest.model))
-        if not all(word.isprintable() for word in words):
-            raise self._bad("a title or name with characters that cannot be printed")
+        self._check_words(manifest)
         self._check_form(manifest)
         try:
             if head.stored != archive.FRAMES:
@@ -165,6 +188,48 @@ class _Coming:
         except UnknownName as error:
             raise self._bad(f"{error}; a newer version may have written it") from None
         return head.stored, manifest
+
+    def _check_words(self, manifest: Manifest) -> None:
+        words = (manifest.title, manifest.layout, *manifest.sources, *_strings(manifest.model))
+        if not all(word.isprintable() for word in (*words, manifest.origin.namespace)):
+            raise self._bad("a title or name with characters that cannot be printed")
+
+    def _unlocked(self, manifest: Manifest, namespaces: Sequence[bytes]) -> Manifest:
+        """With its namespace, which is one of these. BadInput where it is another tenant's."""
+        if manifest.locked and not CONTEXT_NAME.fullmatch(manifest.context_id):
+            raise self._bad(f"context {manifest.context_id[:40]!r} is no context's name")
+        try:
+            bytes.fromhex(manifest.namespace)
+            manifest = unlocked(manifest, namespaces)
+            check_unlocked(manifest)
+            if bool(manifest.hidden) != manifest.encrypted:
+                raise self._bad("it hides nothing and is encrypted, or the other way round")
+        except ValueError as error:
+            raise self._bad(f"its pages have no keys: {error}") from None
+        except BadInput as error:
+            raise BadInput(f"{self._reader.name}: {error}") from None
+        except StoreError as error:
+            raise self._bad(str(error)) from None
+        self._check_words(manifest)
+        return manifest
+
+    def _check_owner(self, namespaces: Sequence[bytes]) -> None:
+        """BadInput where the file names its namespace, and that is none of these."""
+        manifest = self.manifest
+        if bytes.fromhex(manifest.namespace) in namespaces:
+            return
+        public = manifest.namespace == PUBLIC_NAMESPACE.hex()
+        advice = "leave --tenant out" if public else "name its tenant (--tenant NAME)"
+        raise BadInput(
+            f"{self._reader.name}: context {manifest.context_id} is not of the tenant that it is "
+            f"imported for: {advice}"
+        )
+
+    def _opened(self, body: bytes, cipher: PageCipher) -> bytes:
+        try:
+            return cipher.open_blob(body, tokens_name(self.manifest.context_id))
+        except StoreError as error:
+            raise self._bad(str(error)) from None
 
     def _check_form(self, manifest: Manifest) -> None:
         form = manifest.form
@@ -219,6 +284,7 @@ class _Coming:
             header, form = page.header, page.header.form
             sums = payload_sums(page.payload, form.specs, form.num_layers, header.span.tokens)
             verify_sums(header, sums)
+            page = plain_page(page, self.cipher)
         except RingspanError as error:
             text = str(error)
             said = text if text.startswith(record.where) else f"{record.where}: {text}"

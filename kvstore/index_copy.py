@@ -18,18 +18,20 @@ import xxhash
 
 from ringspan.errors import StoreError
 from ringspan.kvstore import staging
+from ringspan.kvstore.encryption import checked_blob
 from ringspan.kvstore.manifest import (
     MANIFEST,
     Manifest,
     decode_manifest,
     encode_manifest,
     read_manifest,
+    unlocked,
 )
 from ringspan.kvstore.segment import store_error
 from ringspan.kvstore.tokens import TOKENS, read_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 FILE = "index.copy"
@@ -46,26 +48,31 @@ class IndexCopy(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 def write_index_copy(folder: Path, manifest: Manifest) -> None:
     """Of this manifest and the tokens that lie in `folder`; durable, in one step. Raises OSError,
     and `StoreError` where the tokens there are not the manifest's."""
-    read_tokens(folder / TOKENS, manifest)
+    if not manifest.locked:
+        read_tokens(folder / TOKENS, manifest)
+    elif problems := check_locked_tokens(folder, manifest):
+        raise StoreError(problems[0])
     copy = IndexCopy(encode_manifest(manifest), (folder / TOKENS).read_bytes())
     data = msgspec.msgpack.encode(copy)
     _replace(folder / FILE, xxhash.xxh3_128_digest(data) + data)
 
 
-def mend_index(folder: Path) -> tuple[str, ...]:
+def mend_index(folder: Path, namespaces: Iterable[bytes] = ()) -> tuple[str, ...]:
     """Manifest, tokens and their copy, each from the other where one is damaged or missing; names
-    of the files written. Raises `StoreError` where both are, with what is wrong with the file."""
+    of the files written. Raises `StoreError` where both are, with what is wrong with the file, and
+    BadInput for a tenant's context whose namespace is none of these."""
     copy = _read(folder)
     mended: list[str] = []
     try:
         try:
-            manifest = read_manifest(folder)
+            manifest = read_manifest(folder, namespaces)
         except StoreError:
             if copy is None:
                 raise
             manifest = decode_manifest(copy.manifest, f"context {folder.name}: {FILE}")
             if manifest.context_id != folder.name:
                 raise
+            manifest = unlocked(manifest, namespaces)
             _replace(folder / MANIFEST, copy.manifest)
             mended.append(MANIFEST)
         try:
@@ -84,10 +91,31 @@ def mend_index(folder: Path) -> tuple[str, ...]:
     return tuple(mended)
 
 
-def check_index_copy(folder: Path) -> Sequence[str]:
-    """A line if there is no copy that could be used; contexts of before have none."""
-    if _read(folder) is None:
+def check_index_copy(folder: Path, manifest: Manifest | None = None) -> Sequence[str]:
+    """A line if there is no copy that could be used, or it is not that of this manifest and of the
+    tokens beside it; contexts of before have none. Nothing is decrypted for it."""
+    copy = _read(folder)
+    if copy is None:
         return (f"context {folder.name}: {FILE} is missing or damaged: repair the context",)
+    if manifest is not None and copy.manifest != encode_manifest(manifest):
+        return (f"context {folder.name}: {FILE} is not that of its {MANIFEST}: repair the context",)
+    return ()
+
+
+def check_locked_tokens(folder: Path, manifest: Manifest) -> Sequence[str]:
+    """A line if the tokens of a tenant's context that is locked are not those that were written:
+    without its namespace they cannot be held against the keys."""
+    try:
+        data = (folder / TOKENS).read_bytes()
+        if manifest.encrypted:
+            checked_blob(data, f"context {folder.name}: {TOKENS}")
+    except OSError as error:
+        return (str(store_error(error, f"context {folder.name}: cannot read", folder / TOKENS)),)
+    except StoreError as error:
+        return (str(error),)
+    copy = _read(folder)
+    if copy is not None and copy.tokens != data:
+        return (f"context {folder.name}: {TOKENS} and its copy in {FILE} differ: repair it",)
     return ()
 
 

@@ -159,6 +159,43 @@ class Journal:
         )
 
 
+def journal_problems(path: Path) -> list[str]:
+    """A line if a journal's end cannot be read; nothing is changed or cut for it, and what its
+    writer, if there is one, is just writing is not taken for damage."""
+    try:
+        written = _is_written(path)
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"cannot read journal {path}: {error.strerror or error}"]
+    if not data.startswith(MAGIC):
+        return [] if MAGIC.startswith(data) else [f"{path} is no journal of this version"]
+    records: list[AnyRecord] = []
+    at, why = _read(data, records)
+    if not why or (written and why.endswith("torn")):
+        return []
+    return [
+        f"journal {path}: {why} at byte {at}, behind {len(records)} records; the {len(data) - at} "
+        "bytes from there on are dropped when a directory opens it next"
+    ]
+
+
+def _is_written(path: Path) -> bool:
+    """A process has it open."""
+    try:
+        fd = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def _read(data: bytes, records: list[AnyRecord]) -> tuple[int, str]:
     """Fills `records`; gives back where the first entry begins that is no good, and why."""
     at = len(MAGIC)

@@ -30,6 +30,9 @@ ROOT_KEY = "00" * 32
 PUBLIC_NAMESPACE = b"ringspan public namespace v1"
 """Where contexts go that need no wall between tenants (the command line's)."""
 
+ENCRYPTED = b"ringspan encrypted v1 "
+"""How a namespace begins whose contexts are encrypted at rest."""
+
 CONTEXT_ID_CHARS = 16
 
 
@@ -67,13 +70,25 @@ def context_id(keys: Sequence[str]) -> str:
     return keys[-1][:CONTEXT_ID_CHARS]
 
 
-def namespace_for(secret: bytes, tenant: str) -> bytes:
-    """HMAC-SHA256 of the tenant under a secret of the server; never take one from a request."""
-    return hmac.new(secret, b"ringspan namespace v1\0" + tenant.encode(), hashlib.sha256).digest()
+def namespace_for(secret: bytes, tenant: str, encrypted: bool = False) -> bytes:
+    """HMAC-SHA256 of the tenant under a secret of the server; never take one from a request, never
+    write one down: who has it can name the tenant's pages, and make the keys that encrypt them.
+
+    encrypted: of what the tenant has encrypted at rest, which shares no page with the rest.
+    """
+    domain = b"ringspan encrypted namespace v1\0" if encrypted else b"ringspan namespace v1\0"
+    made = hmac.new(secret, domain + tenant.encode(), hashlib.sha256).digest()
+    return ENCRYPTED + made if encrypted else made
+
+
+def is_encrypted(namespace: bytes) -> bool:
+    """Whether contexts of this namespace are encrypted at rest."""
+    return namespace.startswith(ENCRYPTED)
 
 
 def namespace_digest(namespace: bytes) -> str:
-    """16 hex characters that stand for a namespace in page headers."""
+    """16 hex characters that stand for a namespace in page headers and manifests: of those that
+    are secret they tell nothing else."""
     return blake3(b"ringspan namespace digest v1\0" + namespace).hexdigest()[:16]
 
 

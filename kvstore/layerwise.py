@@ -246,7 +246,7 @@ class _Layers:
     def _check_hashes(self) -> None:
         for index, (record, made) in enumerate(zip(self._records, self._hashes, strict=True)):
             had = self._had[index]
-            if index not in self._read_again and made.hexdigest() != record.xxh3:
+            if index not in self._read_again and made.hexdigest() != had.header.xxh3:
                 why = CorruptPage(
                     f"{page_name(had.header)}: the payload's xxh3-128 differs from the header's"
                 )

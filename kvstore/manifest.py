@@ -2,10 +2,15 @@
 
 A manifest is a JSON file with a checksum of itself. It is an index: every fact in it about a page
 stands in that page's frame too, and the two are compared before a page is used.
+
+A tenant's namespace is never written: a manifest names it by its digest, and is locked until it is
+told the namespace (`unlocked`). Of an encrypted context title and sources are encrypted too.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -14,15 +19,22 @@ import msgspec
 import xxhash
 
 from ringspan.cluster.messages import ModelSpec, PageRecord
-from ringspan.errors import StoreError, UnknownName
+from ringspan.errors import BadInput, StoreError, UnknownName
+from ringspan.kvstore.encryption import PageCipher, checked_blob, cipher_of
 from ringspan.kvstore.fidelity import Fidelity, fidelity_of
 from ringspan.kvstore.frame import ALIGN, aligned
-from ringspan.kvstore.keys import CONTEXT_ID_CHARS
+from ringspan.kvstore.keys import (
+    CONTEXT_ID_CHARS,
+    PUBLIC_NAMESPACE,
+    is_encrypted,
+    namespace_digest,
+)
 from ringspan.kvstore.page import Origin, PageForm
 from ringspan.kvstore.segment import store_error
 from ringspan.types import Span
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 FORMAT = 2
@@ -43,7 +55,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     origin: Origin
     form: PageForm
     namespace: str
-    """Hex of the namespace that the keys were made under."""
+    """Hex of the namespace that the keys were made under; of a tenant's only in memory. Empty: it
+    is a tenant's and not known here; `origin.namespace` says whose."""
     num_tokens: int
     layout: str
     chunk_tokens: int
@@ -59,8 +72,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Where the document itself lies between the template's prefix and suffix."""
     payload_bytes: int
     pages: tuple[PageRecord, ...]
+    hidden: str = ""
+    """Of an encrypted context: title and sources, encrypted, in base64; empty: it is not."""
     checksum: str = ""
-    """xxh3-128 of the JSON of all other fields; `sealed` sets it."""
+    """xxh3-128 of the JSON of all other fields as they are written; `sealed` sets it."""
 
     @property
     def codec(self) -> str:
@@ -69,6 +84,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def page_tokens(self) -> int:
         return self.form.page_tokens
+
+    @property
+    def encrypted(self) -> bool:
+        """Pages, tokens, title and sources are encrypted at rest."""
+        return bool(self.hidden) or is_encrypted(_space(self))
+
+    @property
+    def locked(self) -> bool:
+        """Of a tenant that is not known here: its tokens and keys cannot be checked, and nothing
+        that is encrypted can be read; see `unlocked`."""
+        return not self.namespace
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -87,17 +113,70 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def sealed(manifest: Manifest) -> Manifest:
     """The manifest with its checksum, its structure checked. Raises `StoreError`."""
     check_manifest(manifest)
-    return msgspec.structs.replace(manifest, checksum=_checksum(manifest))
+    hidden = as_written(manifest).hidden
+    return msgspec.structs.replace(manifest, hidden=hidden, checksum=_checksum(manifest))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    return msgspec.json.encode(manifest)
+    """As it is written: nothing in it tells a tenant's namespace."""
+    return msgspec.json.encode(as_written(manifest))
+
+
+def as_written(manifest: Manifest) -> Manifest:
+    """Without what only its tenant may know; the same manifest gives the same bytes each time."""
+    space = _space(manifest)
+    if not space:
+        return manifest
+    hidden = ""
+    if (cipher := cipher_of(space)) is not None:
+        told = msgspec.json.encode((manifest.title, manifest.sources))
+        sealing = cipher.seal_blob(told, f"title of context {manifest.context_id}")
+        hidden = base64.b64encode(sealing).decode()
+        manifest = msgspec.structs.replace(manifest, title="", sources=())
+    kept = manifest.namespace if space == PUBLIC_NAMESPACE else ""
+    return msgspec.structs.replace(manifest, namespace=kept, hidden=hidden)
+
+
+def unlocked(manifest: Manifest, namespaces: Iterable[bytes]) -> Manifest:
+    """The manifest with its namespace in it, if that is one of these, and all that it hides.
+    Raises `StoreError` where what is hidden is damaged."""
+    if not manifest.locked:
+        return manifest
+    for namespace in namespaces:
+        if namespace_digest(namespace) != manifest.origin.namespace:
+            continue
+        manifest = msgspec.structs.replace(manifest, namespace=namespace.hex())
+        if (cipher := cipher_of(namespace)) is not None:
+            name = f"title of context {manifest.context_id}"
+            told = cipher.open_blob(_hidden(manifest), name)
+            title, sources = msgspec.json.decode(told, type=tuple[str, tuple[str, ...]])
+            manifest = msgspec.structs.replace(manifest, title=title, sources=sources)
+        break
+    return manifest
+
+
+def check_unlocked(manifest: Manifest) -> None:
+    """BadInput for a context of a tenant that is not known here."""
+    if manifest.locked:
+        raise BadInput(
+            f"context {manifest.context_id} is a tenant's: name the tenant (--tenant NAME), under "
+            f"the server's secret that it was made with (it wants key {manifest.origin.namespace})"
+        )
+
+
+def cipher_for(manifest: Manifest) -> PageCipher | None:
+    """What opens and seals its pages; None for a context that is not encrypted. BadInput where its
+    tenant is not known here."""
+    if manifest.encrypted:
+        check_unlocked(manifest)
+    return cipher_of(_space(manifest))
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in a file. Raises `StoreError` naming `where` for anything not whole."""
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
+        _space(manifest)
     except (msgspec.DecodeError, ValueError) as error:
         raise StoreError(f"{where}: the manifest cannot be read: {error}") from None
     if manifest.checksum != _checksum(manifest):
@@ -106,8 +185,9 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Of the context in `folder`, which is named by its id. Raises `StoreError`."""
+def read_manifest(folder: Path, namespaces: Iterable[bytes] = ()) -> Manifest:
+    """Of the context in `folder`, which is named by its id; unlocked if it is of one of these
+    namespaces. Raises `StoreError`."""
     try:
         data = (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -115,7 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = decode_manifest(data, f"context {folder.name}")
     if manifest.context_id != folder.name:
         raise StoreError(f"context {folder.name}: its manifest is that of {manifest.context_id}")
-    return manifest
+    return unlocked(manifest, namespaces)
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -125,6 +205,10 @@ def check_manifest(manifest: Manifest) -> None:
         raise StoreError(f"{name}: format {manifest.format}, this version reads {FORMAT}")
     if not CONTEXT_NAME.fullmatch(manifest.context_id):
         raise StoreError(f"{name}: a context is named by {CONTEXT_ID_CHARS} hex characters")
+    if manifest.locked and manifest.hidden:
+        checked_blob(_hidden(manifest), f"{name}, what it hides")
+    elif manifest.namespace and namespace_digest(_space(manifest)) != manifest.origin.namespace:
+        raise StoreError(f"{name}: its namespace is not that of its pages")
     step = manifest.form.page_tokens
     if manifest.num_tokens < 1 or step < 1:
         raise StoreError(f"{name}: {manifest.num_tokens} tokens in pages of {step}")
@@ -174,6 +258,19 @@ def assign_pages(manifest: Manifest, world_size: int) -> list[tuple[PageRecord, 
     return [pages[start:stop] for start, stop in pairwise(cuts)]
 
 
+def _space(manifest: Manifest) -> bytes:
+    """Empty for a locked one. Raises ValueError."""
+    return bytes.fromhex(manifest.namespace)
+
+
+def _hidden(manifest: Manifest) -> bytes:
+    try:
+        return base64.b64decode(manifest.hidden, validate=True)
+    except binascii.Error as error:
+        name = f"manifest of {manifest.context_id!r}"
+        raise StoreError(f"{name}: what it hides cannot be read: {error}") from None
+
+
 def _checksum(manifest: Manifest) -> str:
-    bare = msgspec.structs.replace(manifest, checksum="")
-    return xxhash.xxh3_128_hexdigest(encode_manifest(bare))
+    bare = msgspec.structs.replace(as_written(manifest), checksum="")
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare))

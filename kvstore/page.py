@@ -18,6 +18,7 @@ from ringspan.kvstore.codecs.registry import PageCodec, codec
 from ringspan.kvstore.dtypes import dtype_name, dtype_of
 from ringspan.kvstore.keys import ROOT_KEY
 from ringspan.kvstore.planes import payload_sums
+from ringspan.kvstore.sealing import Sealed, sealing_fault
 from ringspan.types import Span
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ def as_sealed(origin: Origin) -> Origin:
     return msgspec.structs.replace(origin, provenance=kept)
 
 
-class PageHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PageHeader(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """What stands before a payload on every road."""
 
     format: int
@@ -108,6 +111,8 @@ class PageHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     payload_bytes: int
     xxh3: str
     """Hex xxh3-128 of the payload."""
+    sealed: Sealed | None = None
+    """Of an encrypted page, whose payload is ciphertext, as are the bytes of all sums above."""
 
 
 class Page(NamedTuple):
@@ -219,6 +224,10 @@ def verify_header(header: PageHeader) -> None:
             f"{name}: payload of {header.payload_bytes} bytes, its form makes "
             f"{form.bytes_of(span.tokens)}"
         )
+    if header.sealed is not None:
+        fault = sealing_fault(header.sealed, header.payload_bytes, form.num_layers)
+        if fault:
+            raise CorruptPage(f"{name}: {fault}")
 
 
 def verify_payload(header: PageHeader, payload: memoryview) -> None:

@@ -34,7 +34,10 @@ from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore.erasure import MOST_MEMBERS, MOST_ROWS, add_member
 from ringspan.kvstore.frame import ALIGN, aligned, is_zero
 from ringspan.kvstore.page import payload_digest
-from ringspan.kvstore.segment import read_into, store_error
+from ringspan.kvstore.sealing import Sealed
+from ringspan.kvstore.segment import store_error
+from ringspan.kvstore.segment_reader import read_into
+from ringspan.kvstore.side_file import mend_side_file, read_side_file, write_side_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -64,6 +67,8 @@ class ParityMember(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     xxh3: str
     plane_sums: tuple[int, ...]
     provenance: tuple[str, ...]
+    sealed: Sealed | None = None
+    """Of an encrypted page: parity is over what is stored, and tells nothing else."""
 
 
 class ParityHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +86,10 @@ class ParityRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The context has so many rows of parity."""
 
     rows: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rows <= MOST_ROWS:
+            raise ValueError(f"{self.rows} rows of parity: 0 to {MOST_ROWS} can be")
 
 
 class ParityFrame(NamedTuple):
@@ -173,7 +182,7 @@ def _frame(supply: Supply, stripe: Stripe, row: int) -> _Parts:
     members: list[ParityMember] = []
     for index, record in enumerate(stripe):
         page = room[: aligned(record.payload_bytes)]
-        header = supply.page(record, page).header
+        header = supply.stored_page(record, page).header
         add_member(total, row, index, np.frombuffer(page, dtype=np.uint8)[: record.payload_bytes])
         members.append(
             ParityMember(
@@ -182,6 +191,7 @@ def _frame(supply: Supply, stripe: Stripe, row: int) -> _Parts:
                 header.xxh3,
                 header.plane_sums,
                 header.origin.provenance,
+                header.sealed,
             )
         )
     head = ParityHeader(
@@ -297,27 +307,31 @@ def read_parity(frame: ParityFrame) -> np.ndarray:
 
 def parity_rows(folder: Path) -> int:
     """How many rows of parity the context in `folder` should have. Raises `StoreError`."""
-    try:
-        return msgspec.json.decode((folder / FILE).read_bytes(), type=ParityRows).rows
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise store_error(error, "cannot read", folder / FILE) from None
-    except (msgspec.DecodeError, ValueError) as error:
-        raise StoreError(f"context {folder.name}: {FILE} cannot be read: {error}") from None
+    found = read_side_file(folder / FILE, ParityRows)
+    if found is not None:
+        return found.rows
+    return 0
 
 
 def write_parity_rows(folder: Path, rows: int) -> None:
     """Says that there is parity; in one step, after it is there."""
-    part = folder / f"{FILE}.part"
+    write_side_file(folder / FILE, ParityRows(rows))
+
+
+def mend_parity_rows(folder: Path) -> tuple[str, ...]:
+    """`parity.json` from its copy, else from the frames of parity that lie there; the name if it
+    was written. Raises `StoreError` where it cannot be written."""
     try:
-        with open(part, "wb") as file:
-            file.write(msgspec.json.encode(ParityRows(rows)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / FILE)
-    except OSError as error:
-        raise store_error(error, "cannot write", folder / FILE) from None
+        mended = mend_side_file(folder / FILE, ParityRows)
+        if mended or read_side_file(folder / FILE, ParityRows) is not None:
+            return mended
+    except StoreError:
+        pass  # neither is whole: what the frames say is left
+    rows = max((frame.header.row + 1 for frame in scan_parity(folder)[0]), default=0)
+    if not rows and not (folder / FILE).exists():
+        return ()
+    write_parity_rows(folder, rows)
+    return (FILE,)
 
 
 def covered_pages(
@@ -362,7 +376,9 @@ def check_parity(folder: Path, records: Sequence[PageRecord]) -> list[str]:
     """A line about each frame of parity that is damaged and whose pages no other one covers."""
     rows = parity_rows(folder)
     if not rows:
-        return []
+        found = next(folder.glob(f"parity-*{SUFFIX}"), None)
+        lost = found is not None and not (folder / FILE).exists()
+        return [f"context {folder.name}: {FILE} is missing, and there is parity"] if lost else []
     covered, damage = covered_pages(folder, records)
     problems: list[str] = []
     for row in range(rows):

@@ -149,7 +149,7 @@ class ParityReader:
             return None
         room = memoryview(bytearray(aligned(record.payload_bytes)))
         try:
-            self._others.page(record, room)
+            self._others.stored_page(record, room)
         except (CorruptPage, StoreError):
             return None
         return np.frombuffer(room, dtype=np.uint8)[: record.payload_bytes]
@@ -163,6 +163,8 @@ class ParityReader:
         sums = payload_sums(payload, form.specs, form.num_layers, tokens)
         origin = msgspec.structs.replace(manifest.origin, provenance=member.provenance)
         page = seal(form, origin, record.span, self._keys, sums, payload)
+        if member.sealed is not None:
+            page = Page(msgspec.structs.replace(page.header, sealed=member.sealed), payload)
         verify_sums(page.header, member.plane_sums)
         return page
 

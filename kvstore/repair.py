@@ -42,7 +42,8 @@ from ringspan.kvstore.repair_plan import (
     joined,
     plan_repairs,
 )
-from ringspan.kvstore.segment import SegmentWriter, read_frame, store_error
+from ringspan.kvstore.segment import SegmentWriter, store_error
+from ringspan.kvstore.segment_reader import read_frame
 from ringspan.kvstore.tiers.base import page_id
 from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
 from ringspan.kvstore.tiers.disk import DISK
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.audit import VerifyReport
+    from ringspan.kvstore.encryption import PageCipher
     from ringspan.kvstore.folder import Store
     from ringspan.kvstore.supply import Supply
     from ringspan.types import Span
@@ -79,10 +81,11 @@ class PageWriter:
     """Frames that take the place of others, in new segments of a context's folder.
 
     Leaving it makes them durable, or by an error removes them. nonce: of the segments' names.
+    cipher: for pages that are to be encrypted and are not yet.
     """
 
-    def __init__(self, folder: Path, nonce: str) -> None:
-        self._folder, self._nonce = folder, nonce
+    def __init__(self, folder: Path, nonce: str, cipher: PageCipher | None = None) -> None:
+        self._folder, self._nonce, self._cipher = folder, nonce, cipher
         self._segments: dict[str, SegmentWriter] = {}
         self.records: tuple[PageRecord, ...] = ()
 
@@ -91,7 +94,7 @@ class PageWriter:
         home = old.segment.split(".")[0]
         if home not in self._segments:
             path = self._folder / f"{home}.{self._nonce}.seg"
-            self._segments[home] = SegmentWriter(path)
+            self._segments[home] = SegmentWriter(path, cipher=self._cipher)
         self.records = (*self.records, self._segments[home].append(page))
 
     def __enter__(self) -> PageWriter:
@@ -210,7 +213,7 @@ def _had(supply: Supply, record: PageRecord, road: str | None) -> tuple[Page, st
     firsts = (supply.roads.index(road), 0) if road in supply.roads else (0,)
     for first in firsts:
         try:
-            had = supply.page(record, room, first)
+            had = supply.stored_page(record, room, first)
             payload = room[: record.payload_bytes]
             sums = payload_sums(payload, form.specs, form.num_layers, record.span.tokens)
             verify_sums(had.header, sums)

@@ -1,4 +1,4 @@
-"""Append-only files of frames. A segment needs no index: its frames can be found by reading it."""
+"""Append-only files of frames; `kvstore.segment_reader` finds the frames again by reading them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ringspan.cluster.messages import PageRecord
-from ringspan.errors import CorruptPage, StoreError
-from ringspan.kvstore.frame import ALIGN, aligned, decode_frame, decode_head, encode_head
-from ringspan.kvstore.page import Page, PageHeader, verify_sums
-from ringspan.kvstore.planes import payload_sums
+from ringspan.errors import StoreError
+from ringspan.kvstore.frame import ALIGN, aligned, encode_head
+from ringspan.kvstore.page import Page, PageHeader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
+    from ringspan.kvstore.encryption import PageCipher
+
 _ZEROS = bytes(ALIGN)
-HEAD_GUESS_BYTES = 4 * ALIGN
-"""What `scan` reads to see a header; more is read where a header says it is longer."""
 
 
 class SegmentWriter:
@@ -32,12 +30,13 @@ class SegmentWriter:
     Frames get their places in the order of `reserve`; several threads may then `write` them, in any
     order. direct: past the page cache (O_DIRECT, where the file system has it), which for a segment
     larger than memory saves a copy and the wait at the end; what is opened again at once is better
-    left in the cache. Raises `StoreError` with numbers when the disk is full, the file cannot be
-    made, and so on.
+    left in the cache. cipher: encrypts pages that are not encrypted yet. Raises `StoreError` with
+    numbers when the disk is full, the file cannot be made, and so on.
     """
 
-    def __init__(self, path: Path, direct: bool = False) -> None:
+    def __init__(self, path: Path, direct: bool = False, cipher: PageCipher | None = None) -> None:
         self.path = path
+        self._cipher = cipher
         self.reserved_bytes = 0
         self.written_bytes = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -47,17 +46,19 @@ class SegmentWriter:
             raise store_error(error, "cannot make segment", path) from None
         self._direct = direct and _set_direct(self._fd, True)
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     def append(self, page: Page, padded: memoryview | None = None) -> PageRecord:
         """Write a sealed page behind what was reserved."""
-        header, payload = page
-        offset = self.reserve(len(encode_head(header)) + aligned(payload.nbytes))
-        return self.write(offset, page, padded)
+        return self.write(self.reserve(page.header), page, padded)
 
-    def reserve(self, frame_bytes: int) -> int:
-        """The place of the next frame, which `write` fills. One thread calls this."""
+    def reserve(self, header: PageHeader) -> int:
+        """The place of the next frame, which `write` fills; of the header only its sizes must be
+        right. One thread calls this."""
+        if self._cipher is not None and header.sealed is None:
+            header = self._cipher.draft(header)
         offset = self.reserved_bytes
-        self.reserved_bytes += frame_bytes
+        self.reserved_bytes += len(encode_head(header)) + aligned(header.payload_bytes)
         return offset
 
     def write(self, offset: int, page: Page, padded: memoryview | None = None) -> PageRecord:
@@ -66,6 +67,9 @@ class SegmentWriter:
         padded: the payload with the zeros that follow it in a frame, in one piece of memory, for
         direct writes, which want both ends of it at multiples of 4 KiB.
         """
+        if self._cipher is not None and page.header.sealed is None:
+            padded = self._room(aligned(page.payload.nbytes))
+            page = self._cipher.seal(page, padded)
         header, payload = page
         head = encode_head(header)
         frame_bytes = len(head) + aligned(payload.nbytes)
@@ -78,6 +82,15 @@ class SegmentWriter:
             zeros = memoryview(_ZEROS)[: aligned(payload.nbytes) - payload.nbytes]
             self._write([memoryview(head), payload.cast("B"), zeros], offset)
         return record_of(header, self.path.name, offset, frame_bytes)
+
+    def _room(self, size: int) -> memoryview:
+        """A thread's own, of whole pages of memory, with zeros behind what is less than `size`."""
+        room: mmap.mmap | None = getattr(self._local, "room", None)
+        if room is None or len(room) < size:
+            room = self._local.room = mmap.mmap(-1, size)
+        view = memoryview(room)[:size]
+        view[-ALIGN:] = _ZEROS
+        return view
 
     def _write(self, parts: list[memoryview], offset: int) -> None:
         try:
@@ -159,91 +172,6 @@ def record_of(header: PageHeader, segment: str, offset: int, frame_bytes: int) -
         payload_bytes=header.payload_bytes,
         xxh3=header.xxh3,
     )
-
-
-def where_is(path: Path, record: PageRecord) -> str:
-    """How messages name a frame on disk."""
-    return f"{path.parent.name}/{record.segment} at byte {record.offset}"
-
-
-def check_record(header: PageHeader, record: PageRecord, where: str) -> None:
-    """The frame found is the one that the record names. Raises `CorruptPage`."""
-    found = record_of(header, record.segment, record.offset, record.frame_bytes)
-    if found != record:
-        raise CorruptPage(
-            f"{where}: holds page {header.key[:16]} [{header.span.start}, {header.span.stop}), "
-            f"wanted {record.key[:16]} [{record.span.start}, {record.span.stop})"
-        )
-
-
-def read_frame(path: Path, record: PageRecord) -> Page:
-    """One page, verified in full (header, record, xxh3, plane sums). Raises `CorruptPage`."""
-    where = where_is(path, record)
-    data = memoryview(bytearray(record.frame_bytes))
-    try:
-        with open(path, "rb", buffering=0) as file:
-            read_into(file.fileno(), [data], record.offset, where)
-    except OSError as error:
-        raise store_error(error, "cannot read", path) from None
-    page = decode_frame(data, where)
-    check_record(page.header, record, where)
-    form = page.header.form
-    tokens = page.header.span.tokens
-    verify_sums(page.header, payload_sums(page.payload, form.specs, form.num_layers, tokens))
-    return page
-
-
-def read_into(fd: int, parts: list[memoryview], offset: int, where: str) -> None:
-    """Fill `parts` from the file. Raises `CorruptPage` where it ends too early, or OSError."""
-    parts = list(parts)
-    while parts:
-        done = os.preadv(fd, parts, offset)
-        if not done:
-            raise CorruptPage(f"{where}: the segment ends in the middle of the frame")
-        offset += done
-        while parts and done >= parts[0].nbytes:
-            done -= parts.pop(0).nbytes
-        if done:
-            parts[0] = parts[0][done:]
-
-
-def scan(path: Path) -> Iterator[PageRecord]:
-    """Records rebuilt from the frames alone, in file order; stops at a torn or damaged tail.
-
-    Headers are verified, payloads are not read: that is `read_frame`'s work.
-    """
-    for header, offset, frame_bytes in scan_heads(path):
-        yield record_of(header, path.name, offset, frame_bytes)
-
-
-def scan_heads(path: Path) -> Iterator[tuple[PageHeader, int, int]]:
-    """(header, offset, frame bytes) of each frame; see `scan`."""
-    with open(path, "rb", buffering=0) as file:
-        fd = file.fileno()
-        size = os.fstat(fd).st_size
-        offset = 0
-        while offset < size:
-            try:
-                header, head_bytes = _read_head(fd, offset, size)
-            except CorruptPage:
-                return
-            frame_bytes = head_bytes + aligned(header.payload_bytes)
-            if offset + frame_bytes > size:
-                return
-            yield header, offset, frame_bytes
-            offset += frame_bytes
-
-
-def _read_head(fd: int, offset: int, size: int) -> tuple[PageHeader, int]:
-    guess = HEAD_GUESS_BYTES
-    while True:
-        data = memoryview(os.pread(fd, guess, offset))
-        try:
-            return decode_head(data)
-        except CorruptPage:
-            if guess >= 1 << 20 or offset + guess >= size:
-                raise
-            guess *= 8  # a header of very many layers
 
 
 def store_error(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ringspan.attention.kv import cut_units, specs_bytes, unit_tokens
-from ringspan.errors import CorruptPage, TooLarge
+from ringspan.errors import BadInput, CorruptPage, TooLarge
 from ringspan.kvstore import planes
 from ringspan.kvstore.codecs.registry import or_smaller
 from ringspan.kvstore.dtypes import dtype_name
@@ -185,6 +185,18 @@ class ContextShard:
         self._spans, self._rows = self._before, self._begin
         self._written = [min(rows, self._begin) for rows in self._written]
 
+    def take_back(self, spans: Sequence[Span]) -> None:
+        """Forget all rows behind `spans`, which the first rows are of; no layer owes any row.
+
+        Raises ValueError for other spans than the shard's first tokens.
+        """
+        rows = total_tokens(spans)
+        if coalesce(spans) != _first(self.spans, rows):
+            raise ValueError(f"{spans} are not the first tokens of a shard of {self.spans}")
+        self._spans = self._before = coalesce(spans)
+        self._rows = self._begin = rows
+        self._written = [rows] * self.num_layers
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [T, Hkv, D] of the spans last reserved, encoded into place. Once per layer."""
         wanted = (self._rows - self._begin, self.num_kv_heads, self.head_dim)
@@ -262,7 +274,12 @@ class ContextShard:
         return seal(self.form, origin, span, keys, self.plane_sums(index), data)
 
     def import_page(self, page: Page) -> None:
-        """Append a page, verified first. Raises `CorruptPage`; the shard is then as before."""
+        """Append a page, verified first. Raises `CorruptPage`, BadInput for one that is encrypted;
+        the shard is then as before."""
+        if page.header.sealed is not None:
+            raise BadInput(
+                f"{page_name(page.header)} is encrypted: it is opened before it enters a shard"
+            )
         verify_page(page)
         if page.header.form != self.form:
             raise CorruptPage(
@@ -315,3 +332,13 @@ def _out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)  # the CPU allocator raises a plain RuntimeError
     return "not enough memory" in text or "can't allocate memory" in text or "overflow" in text
+
+
+def _first(spans: Sequence[Span], tokens: int) -> tuple[Span, ...]:
+    found: list[Span] = []
+    for span in spans:
+        taken = min(span.tokens, tokens)
+        if taken:
+            found.append(Span(span.start, span.start + taken))
+        tokens -= taken
+    return tuple(found)

@@ -4,6 +4,9 @@ A page is read by the first road that has it and that passes: header checksum; t
 the record, of this context, behind the right page; xxh3 of the payload; zeros behind it. (The plane
 sums follow where the rows lie: `kvstore.transfer`.) A page that fails is quarantined and counted,
 and the next road is asked.
+
+Pages of an encrypted context are checked as they are stored, then decrypted, which checks them once
+more; `stored_page` gives them as they are stored, for whoever only moves or mends them.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ringspan.errors import CorruptPage, RingspanError, StoreError
 from ringspan.kvstore.frame import is_zero
+from ringspan.kvstore.manifest import cipher_for
 from ringspan.kvstore.page import as_sealed, differences, verify_payload
-from ringspan.kvstore.segment import check_record
+from ringspan.kvstore.segment_reader import check_record
 from ringspan.kvstore.tiers.base import PageMissing
 from ringspan.kvstore.tiers.counters import COUNTERS, QUARANTINED, StoreCounters
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ringspan.cluster.messages import PageRecord
+    from ringspan.kvstore.encryption import PageCipher
     from ringspan.kvstore.manifest import Manifest
     from ringspan.kvstore.page import PageHeader
     from ringspan.kvstore.tiers.base import Reader
@@ -69,22 +74,41 @@ class Supply:
         self.counters = counters
         self._readers = tuple(readers)
         self._quarantine = quarantine
+        self._sealed: dict[tuple[str, int], PageHeader] = {}
+        """Of an encrypted context, headers as they are stored, by page and road."""
 
     def page(self, record: PageRecord, room: memoryview, first_road: int = 0) -> Had:
         """The payload and the zeros behind it to `room`, from a road not before `first_road`.
 
         Raises `CorruptPage` when one road had it and none had it whole, `StoreError` when none had
-        it; the text says what was wrong on each.
+        it; the text says what was wrong on each. BadInput for an encrypted context whose tenant is
+        not known here.
         """
-        return self._try(record, first_road, room)
+        return self._try(record, first_road, room, self._cipher)
+
+    def stored_page(self, record: PageRecord, room: memoryview, first_road: int = 0) -> Had:
+        """As `page`, but of an encrypted context header and payload as they are stored."""
+        return self._try(record, first_road, room, None)
 
     def head(self, record: PageRecord, first_road: int = 0) -> Had:
         """Its header alone; the payload is not looked at."""
-        return self._try(record, first_road, None)
+        return self._try(record, first_road, None, self._cipher)
 
     def part(self, record: PageRecord, road: int, room: memoryview, first: int) -> None:
-        """Bytes of the payload from `first` on by this road, not verified."""
-        self._readers[road].payload(record, room, first)
+        """Bytes of the payload from `first` on by this road; not verified, but where they are
+        decrypted."""
+        reader, cipher = self._readers[road], self._cipher
+        if cipher is None:
+            reader.payload(record, room, first)
+            return
+        header = self._sealed.get((record.key, road))
+        if header is None:
+            header = reader.head(record)
+        cipher.open_part(header, lambda into, at: reader.payload(record, into, at), room, first)
+
+    @property
+    def _cipher(self) -> PageCipher | None:
+        return cipher_for(self.manifest)
 
     @property
     def roads(self) -> tuple[str, ...]:
@@ -100,7 +124,13 @@ class Supply:
         self._quarantine.keep(reader, record, why)
         self.counters.add(QUARANTINED, reader.road)
 
-    def _try(self, record: PageRecord, first_road: int, room: memoryview | None) -> Had:
+    def _try(
+        self,
+        record: PageRecord,
+        first_road: int,
+        room: memoryview | None,
+        cipher: PageCipher | None,
+    ) -> Had:
         failures: list[RingspanError] = []
         for road in range(first_road, len(self._readers)):
             reader = self._readers[road]
@@ -108,7 +138,11 @@ class Supply:
                 failures.append(CorruptPage(f"{reader.where(record)}: is in quarantine"))
                 continue
             try:
-                return Had(self._checked(reader, record, room), road)
+                header = self._checked(reader, record, room)
+                if cipher is not None:
+                    self._sealed[record.key, road] = header
+                    header = _opened(cipher, header, room)
+                return Had(header, road)
             except CorruptPage as error:
                 self.quarantine(record, road, error)
                 failures.append(error)
@@ -121,6 +155,9 @@ class Supply:
         header = reader.head(record)
         check_record(header, record, where)
         check_context(header, self.manifest, where)
+        if (header.sealed is not None) != self.manifest.encrypted:
+            found, wanted = ("", "not") if header.sealed is not None else ("not ", "")
+            raise CorruptPage(f"{where}: is {found}encrypted, its context is {wanted}".rstrip())
         if room is not None:
             reader.payload(record, room)
             verify_payload(header, room[: header.payload_bytes])
@@ -149,6 +186,14 @@ def check_context(header: PageHeader, manifest: Manifest, where: str) -> None:
     parent = manifest.pages[index - 1].key if index else header.parent_key
     if header.parent_key != parent:
         raise CorruptPage(f"{where}: its parent is {header.parent_key[:16]}, not {parent[:16]}")
+
+
+def _opened(cipher: PageCipher, header: PageHeader, room: memoryview | None) -> PageHeader:
+    """The plain page's header; its payload to its place."""
+    plain = cipher.open_header(header)
+    if room is not None:
+        cipher.open_payload(header, room[: header.payload_bytes])
+    return plain
 
 
 def _summed(record: PageRecord, failures: Sequence[RingspanError]) -> RingspanError:

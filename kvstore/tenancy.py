@@ -4,6 +4,9 @@ A namespace is an HMAC of the tenant's name under a secret of the server (`keys.
 Nobody who lacks the secret can name, guess or probe for another tenant's pages, and a look-up
 sees only the maps of its own namespace, so that neither the answer nor the time of a miss depends
 on what others have. Who a caller is, the server decides; a request carries no namespace.
+
+A namespace is as secret as what it was made of: it names a tenant's pages, and the keys that
+encrypt them are derived from it. It lives in memory and in messages of a gang, never in a file.
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ SECRET_BYTES = 32
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 
 
-def server_secret(path: Path | str, environment: Mapping[str, str] = os.environ) -> bytes:
+def server_secret(
+    path: Path | str, environment: Mapping[str, str] = os.environ, make: bool = True
+) -> bytes:
     """The secret from the environment, else from the file, which is made (random, mode 0600) when
-    it is not there. BadInput for one that is too short or that others may read; StoreError."""
+    it is not there, if `make`. BadInput for one that is too short or that others may read, or that
+    is not there; StoreError."""
     given = environment.get(SECRET_VARIABLE, "")
     if given:
         if len(given) < SECRET_BYTES:
@@ -40,7 +46,11 @@ def server_secret(path: Path | str, environment: Mapping[str, str] = os.environ)
     try:
         return _read_secret(path)
     except FileNotFoundError:
-        pass
+        if not make:
+            raise BadInput(
+                f"there is no secret of the server: {SECRET_VARIABLE} is not set and {path} is "
+                "not there; give the one that the contexts were made with"
+            ) from None
     except OSError as error:
         raise StoreError(f"cannot read the secret in {path}: {error.strerror}") from None
     try:
@@ -52,10 +62,19 @@ def server_secret(path: Path | str, environment: Mapping[str, str] = os.environ)
         ) from None
 
 
-def tenant_namespace(tenant: str | None, secret: bytes | None) -> bytes:
+def tenant_namespace(tenant: str | None, secret: bytes | None, encrypted: bool = False) -> bytes:
     """The namespace of a tenant; without one the public namespace, which has no walls. BadInput for
-    a tenant whose name is none, or where no secret is."""
+    a tenant whose name is none, or where no secret is.
+
+    encrypted: the tenant's other one, whose contexts are encrypted at rest; the public one cannot
+    be: its pages are named by plain hashes of their text, which whoever guesses it can confirm.
+    """
     if tenant is None:
+        if encrypted:
+            raise BadInput(
+                "--encrypt wants --tenant NAME: without a tenant pages are named by plain hashes "
+                "of their text, and encryption would not hide it"
+            )
         return PUBLIC_NAMESPACE
     if not _TENANT.fullmatch(tenant):
         raise BadInput(
@@ -64,7 +83,14 @@ def tenant_namespace(tenant: str | None, secret: bytes | None) -> bytes:
         )
     if not secret:
         raise BadInput(f"tenant {tenant!r} needs a server secret: set {SECRET_VARIABLE}")
-    return namespace_for(secret, tenant)
+    return namespace_for(secret, tenant, encrypted)
+
+
+def tenant_namespaces(tenant: str | None, secret: bytes | None) -> tuple[bytes, ...]:
+    """What a tenant's contexts lie in: plain and encrypted ones. Without one the public alone."""
+    if tenant is None:
+        return (PUBLIC_NAMESPACE,)
+    return tuple(tenant_namespace(tenant, secret, encrypted) for encrypted in (False, True))
 
 
 def _read_secret(path: Path) -> bytes:

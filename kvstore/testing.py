@@ -11,6 +11,7 @@ from ringspan.attention.kv import cut_units, unit_tokens
 from ringspan.cluster.messages import ModelSpec
 from ringspan.kvstore.codecs.registry import bits_per_element, codec
 from ringspan.kvstore.dtypes import dtype_of
+from ringspan.kvstore.encryption import cipher_of
 from ringspan.kvstore.folder import Store, segment_path
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, namespace_digest, page_keys
 from ringspan.kvstore.manifest import Manifest
@@ -31,9 +32,13 @@ SHAPES = ((1, 1, 64), (37, 3, 64), (130, 2, 128), (300, 2, 80), (70, 1, 256))
 """T, Hkv, D; odd on purpose: a lone token, short and whole pages, a D that is no power of two, and
 one with smaller pages."""
 
-RELATIVE_RMS = {"raw": 0.0, "bf16": 2.0**-8, "int8": 0.012, "fp8": 0.04, "int4": 0.1}
+RELATIVE_RMS = {
+    "raw": 0.0, "bf16": 2.0**-8, "int8": 0.012, "fp8": 0.04, "int4": 0.1, "nuq4": 0.1, "k4v2": 0.36,
+    "int2": 0.36,
+}  # fmt: skip
 """Root mean square of the error over that of the input, Gaussian rows: the codec's promise. As a
-signal-to-noise ratio -20 log10 of it: 38 dB for int8, 28 for fp8, 20 for int4."""
+signal-to-noise ratio -20 log10 of it: 38 dB for int8, 28 for fp8, 20 for int4, 9
+for V of k4v2 and for int2."""
 
 
 def check_codec(codec: PageCodec, dtype: torch.dtype, device: str = "cpu") -> None:
@@ -270,6 +275,7 @@ def make_context(
     fingerprint: str = "ab" * 32,
     seed: int = 0,
     page_tokens: int | None = None,
+    namespace: bytes = PUBLIC_NAMESPACE,
     **form: Any,
 ) -> Made:
     """A published context of random KV under random tokens; `form` goes to `make_shards`."""
@@ -278,19 +284,20 @@ def make_context(
         num_tokens, world_size, codec_name, seed=seed, page_tokens=page_tokens, **form
     )
     token_ids = np.random.default_rng(seed).integers(0, 50_000, num_tokens, dtype=np.int32)
-    keys = page_keys(fingerprint, PUBLIC_NAMESPACE, token_ids, page_tokens)
+    keys = page_keys(fingerprint, namespace, token_ids, page_tokens)
     origin = Origin(
         fingerprint=fingerprint,
-        namespace=namespace_digest(PUBLIC_NAMESPACE),
+        namespace=namespace_digest(namespace),
         rope="applied theta=10000",
         provenance=EXACT,
     )
-    store = Store(root)
-    with store.staged(context_id(keys), token_ids) as staging:
+    store = Store(root, None if namespace == PUBLIC_NAMESPACE else (namespace,))
+    cipher = cipher_of(namespace)
+    with store.staged(context_id(keys), token_ids, cipher) as staging:
         records = [
             record
             for rank, shard in enumerate(shards)
-            for record in save_shard(shard, origin, keys, segment_path(staging, rank))
+            for record in save_shard(shard, origin, keys, segment_path(staging, rank), cipher)
         ]
         manifest = store.publish(
             staging,
@@ -299,7 +306,7 @@ def make_context(
                 model=ModelSpec(name="random:tiny"),
                 origin=origin,
                 form=shards[0].form,
-                namespace=PUBLIC_NAMESPACE.hex(),
+                namespace=namespace.hex(),
                 num_tokens=num_tokens,
                 layout="striped",
                 chunk_tokens=page_tokens * world_size,

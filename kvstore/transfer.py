@@ -1,28 +1,36 @@
 """Pages of a stored context into a shard.
 
 Reader threads fill buffers by the roads of a `Supply`, which verifies each frame (header, record,
-origin, form, xxh3); the buffers go to rows of the shard that nobody can read yet; when all have
-arrived, the plane sums are computed from these very rows and compared with the headers'. Only then
-do the rows become readable. So the copies to the device are verified too, and nothing is used
-before. What fails is read once more, then by the next road, then handed to `repair`.
+origin, form, xxh3); the buffers go to rows of the shard that nobody can read yet; the plane sums
+are computed from these very rows and compared with the headers'. When all are right, the rows
+become readable. So the copies to the device are verified too, and nothing is used before. What
+fails is read once more, then by the next road, then handed to `repair`.
+
+On a CPU one thread takes a page all the way, so that its bytes are still in a cache when they are
+summed, and others' pages are read meanwhile. A GPU takes batches of pages, and sums all of them at
+once, faster than it could be told page by page.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
 from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore import planes
 from ringspan.kvstore.batches import Batch, Buffer, batches, buffer_bytes
 from ringspan.kvstore.frame import aligned
+from ringspan.kvstore.host_rows import HostRows
 from ringspan.kvstore.page import Page, differences, page_name, verify_page, verify_sums
 from ringspan.kvstore.supply import Had, Supply, check_context
 from ringspan.kvstore.tiers.counters import REPAIRED, VERIFIED
-from ringspan.kvstore.tiers.placement import context_supply
+from ringspan.kvstore.tiers.placement import context_supply, note_use
 from ringspan.kvstore.tokens import TOKENS, read_tokens
 from ringspan.kvstore.write_behind import save_shard as save_shard
 from ringspan.types import coalesce
@@ -64,26 +72,32 @@ def load_shard(
     """Read pages of a stored context, verified, behind what the shard holds; their plane sums,
     [pages][layers].
 
-    root: of the store. records: of the manifest, in position order. supply: the roads to read by;
-    None: the tiers that hold the context. Raises `CorruptPage` naming the page and what differs,
-    `StoreError` when a file cannot be read, `BadInput` when the shard is of another form; the shard
-    is then as before.
+    root: of the store. records: of the manifest, in position order. supply: the roads to read by,
+    closed here whatever happens; None: the tiers that hold the context. Raises `CorruptPage` naming
+    the page and what differs, `StoreError` when a file cannot be read, `BadInput` when the shard is
+    of another form; the shard is then as before.
     """
-    if manifest.form != shard.form:
-        raise BadInput(
-            f"context {manifest.context_id} does not fit the shard: "
-            f"{differences(shard.form, manifest.form)}"
-        )
     root = Path(root).expanduser().absolute()
-    read_tokens(root / "contexts" / manifest.context_id / TOKENS, manifest)
-    with supply or context_supply(root, manifest, records) as roads:
+    with contextlib.ExitStack() as stack:
+        if supply is not None:
+            stack.enter_context(supply)
+        if manifest.form != shard.form:
+            raise BadInput(
+                f"context {manifest.context_id} does not fit the shard: "
+                f"{differences(shard.form, manifest.form)}"
+            )
+        folder = root / "contexts" / manifest.context_id
+        read_tokens(folder / TOKENS, manifest)
+        if supply is None:
+            supply = stack.enter_context(context_supply(root, manifest, records))
         shard.reserve(coalesce(record.span for record in records))
         try:
-            sums = _Loading(roads, records, shard).run(readers, repair)
+            sums = _Loading(supply, records, shard).run(readers, repair)
         except BaseException:
             shard.cancel()
             raise
         shard.mark_filled()
+    note_use(folder)
     return sums
 
 
@@ -98,57 +112,81 @@ class _Loading:
         self._lost: list[_Lost] = []
         self._sums: dict[int, tuple[int, ...]] = {}
         """Of the pages whose rows are what they should be."""
-        self._early: list[list[int]] = []
-        """Of the rows in position order, on a CPU: there a batch is summed while the next is read;
-        a GPU sums them all at once, faster than it could be told batch by batch."""
+        self._early: dict[int, list[int]] = {}
+        """Of the rows of each page that was read, where they are summed at once."""
 
     def run(self, readers: int, repair: Repair | None) -> tuple[tuple[int, ...], ...]:
-        self._read_all(readers)
-        sums = self._early or self._shard.reserved_plane_sums()
+        pool = ThreadPoolExecutor(readers, "open")
+        try:
+            if self._shard.device.type == "cpu":
+                self._read_pages(pool, min(readers, len(self._records)))
+            else:
+                self._read_batches(pool)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        sums = self._early or dict(enumerate(self._shard.reserved_plane_sums()))
         for index, had in sorted(self._had.items()):
             self._settle(index, had, sums[index])
         self._repair(repair)
         return tuple(self._sums[index] for index in range(len(self._records)))
 
-    def _read_all(self, readers: int) -> None:
-        """Frames verified on the host, payloads in the reserved rows."""
+    def _read_pages(self, pool: ThreadPoolExecutor, buffers: int) -> None:
+        """Each to its reserved rows, verified on the way, and summed there."""
+        shard = self._shard
+        size = max((aligned(record.payload_bytes) for record in self._records), default=0)
+        free: SimpleQueue[Buffer] = SimpleQueue()
+        for _ in range(buffers):
+            free.put(Buffer(shard.device, size))
+        rows = HostRows(reserved_layers(shard), shard.specs)
+        cores = threading.Semaphore(planes.SUMMERS)  # more would take each other's caches
+
+        def read(index: int) -> Had:
+            record, buffer = self._records[index], free.get()
+            tokens, row = record.span.tokens, self._first_row + index * shard.page_tokens
+            room = buffer.page(0, record.payload_bytes)
+            try:
+                had = self._supply.page(record, room)
+                with cores:
+                    self._early[index] = rows.fill(row, tokens, room[: record.payload_bytes])
+            finally:
+                free.put(buffer)
+            return had
+
+        reads = [pool.submit(read, index) for index in range(len(self._records))]
+        for index, done in enumerate(reads):
+            self._note(index, done)
+
+    def _read_batches(self, pool: ThreadPoolExecutor) -> None:
+        """Frames verified on the host, payloads on their way to the reserved rows."""
         shard = self._shard
         lengths = [record.span.tokens for record in self._records]
         load = batches(lengths, shard.bytes_of, self._first_row)
         size = buffer_bytes(load, shard.bytes_of)
         buffers = [Buffer(shard.device, size) for _ in range(min(BUFFERS, len(load)))]
         layers = reserved_layers(shard)
-        pool = ThreadPoolExecutor(readers, "open")
-        try:
-            pending: deque[tuple[Batch, Buffer, list[Future[Had]]]] = deque()
+        pending: deque[tuple[Batch, Buffer, list[Future[Had]]]] = deque()
 
-            def deliver() -> None:
-                batch, buffer, reads = pending.popleft()
-                for index, read in enumerate(reads, batch.first):
-                    self._note(index, read)
-                buffer.give(layers, shard.specs, batch)
-                if shard.device.type == "cpu":
-                    self._early += planes.page_sums(
-                        layers, shard.specs, batch.row, batch.tokens, batch.pages
-                    ).tolist()
+        def deliver() -> None:
+            batch, buffer, reads = pending.popleft()
+            for index, read in enumerate(reads, batch.first):
+                self._note(index, read)
+            buffer.give(layers, shard.specs, batch)
 
-            for index, batch in enumerate(load):
-                if len(pending) == len(buffers):
-                    deliver()
-                buffer = buffers[index % len(buffers)]
-                buffer.wait()
-                part = self._records[batch.first : batch.first + batch.pages]
-                reads = [
-                    pool.submit(self._supply.page, record, buffer.page(i, record.payload_bytes))
-                    for i, record in enumerate(part)
-                ]
-                pending.append((batch, buffer, reads))
-            while pending:
+        for index, batch in enumerate(load):
+            if len(pending) == len(buffers):
                 deliver()
-            for buffer in buffers:
-                buffer.wait()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            buffer = buffers[index % len(buffers)]
+            buffer.wait()
+            part = self._records[batch.first : batch.first + batch.pages]
+            reads = [
+                pool.submit(self._supply.page, record, buffer.page(i, record.payload_bytes))
+                for i, record in enumerate(part)
+            ]
+            pending.append((batch, buffer, reads))
+        while pending:
+            deliver()
+        for buffer in buffers:
+            buffer.wait()
 
     def _note(self, index: int, read: Future[Had]) -> None:
         try:

@@ -27,7 +27,6 @@ import torch
 
 from ringspan.kvstore import planes
 from ringspan.kvstore.batches import Batch, Buffer, batches, buffer_bytes
-from ringspan.kvstore.frame import aligned, encode_head
 from ringspan.kvstore.page import Origin, Page, payload_digest, seal
 from ringspan.kvstore.segment import SegmentWriter
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ringspan.cluster.messages import PageRecord
+    from ringspan.kvstore.encryption import PageCipher
     from ringspan.kvstore.page import PageHeader
     from ringspan.kvstore.shard import ContextShard
     from ringspan.types import Span
@@ -67,6 +67,7 @@ class WriteBehind:
     """Saves one shard; see the module. keys: of all pages of the context, in position order.
 
     path: of the segment; where there are several, of the first (`rank-0.seg`, `rank-0.1.seg`, ...).
+    cipher: of the namespace, if that is encrypted; the writers encrypt.
     Used by one thread; `finish` or `abort` ends it, and one of the two must.
     """
 
@@ -77,7 +78,9 @@ class WriteBehind:
         keys: Sequence[str],
         path: Path,
         writers: int = WRITERS,
+        cipher: PageCipher | None = None,
     ) -> None:
+        self._cipher = cipher
         self._shard, self._origin, self._keys = shard, origin, keys
         self._path = path
         many = shard.capacity_bytes > SEGMENT_BYTES
@@ -198,7 +201,7 @@ class WriteBehind:
             at = batch.first + i
             header = self._draft(work.spans[at], sums[at], page_bytes)
             segment = self._segment((work.first + at) % self._num_segments)
-            offset = segment.reserve(len(encode_head(header)) + aligned(page_bytes))
+            offset = segment.reserve(header)
             room = buffer.page(i, page_bytes)
             job = self._writers.submit(self._write, segment, offset, header, buffer, room)
             job.add_done_callback(lambda _: self._free.put(buffer) if left.down() else None)
@@ -215,7 +218,7 @@ class WriteBehind:
         while len(self._segments) <= index:
             number = len(self._segments)
             path = self._path.with_suffix(f".{number}.seg") if number else self._path
-            self._segments.append(SegmentWriter(path, self._direct))
+            self._segments.append(SegmentWriter(path, self._direct, self._cipher))
         return self._segments[index]
 
     def _make_buffers(self, size: int, wanted: int) -> None:
@@ -282,11 +285,15 @@ class _Count:
 
 
 def save_shard(
-    shard: ContextShard, origin: Origin, keys: Sequence[str], path: Path
+    shard: ContextShard,
+    origin: Origin,
+    keys: Sequence[str],
+    path: Path,
+    cipher: PageCipher | None = None,
 ) -> tuple[PageRecord, ...]:
     """Write all pages of a shard to new segments, durable when this returns.
 
     keys: of all pages of the context, in position order. Raises `StoreError` (no room, no rights);
     the segments are then removed.
     """
-    return WriteBehind(shard, origin, keys, path).finish()
+    return WriteBehind(shard, origin, keys, path, cipher=cipher).finish()

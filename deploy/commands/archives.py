@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ringspan.deploy.commands.options import DEFAULT_STORE, Device, Store
+from ringspan.deploy.commands.options import (
+    DEFAULT_SECRET,
+    DEFAULT_STORE,
+    Device,
+    Encrypt,
+    SecretFile,
+    Store,
+    Tenant,
+    namespaces,
+    new_namespace,
+)
 from ringspan.deploy.progress import Meter, bytes_words, meter
 from ringspan.errors import BadInput
 
@@ -38,6 +48,8 @@ def export(
     context: Context,
     file: File,
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
     codec: Recoded = None,
     cold: Cold = False,
     cachegen: Lossy = False,
@@ -52,7 +64,7 @@ def export(
 
     if cold and cachegen:
         raise BadInput("--cold and --cachegen: a file's pages are packed one way, name one")
-    folder = _folder(store)
+    folder = _folder(store, tenant, secret_file)
     stored = cold_codec.NAME if cold else cachegen_codec.NAME if cachegen else FRAMES
     began = time.perf_counter()
     with _progress("export") as progress:
@@ -76,6 +88,8 @@ def export(
 def import_(
     file: File,
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
     codec: Recoded = None,
     force: Force = False,
     device: Device = "cpu",
@@ -87,7 +101,7 @@ def import_(
     began = time.perf_counter()
     with _progress("import") as progress:
         manifest = import_context(
-            StoreFolder(store),
+            StoreFolder(store, namespaces(tenant, secret_file)),
             file,
             codec_name=codec or "",
             replace=force,
@@ -105,6 +119,8 @@ def recode(
     context: Context,
     codec: Annotated[str, typer.Option("--codec", help="One that keeps no more than it has.")],
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
     replace: Annotated[
         bool, typer.Option("--replace", help="In the place of what is stored, not beside it.")
     ] = False,
@@ -116,7 +132,7 @@ def recode(
     began = time.perf_counter()
     with _progress("recode") as progress:
         at, manifest = recode_context(
-            _folder(store),
+            _folder(store, tenant, secret_file),
             context,
             codec,
             replace=replace,
@@ -130,11 +146,59 @@ def recode(
     )
 
 
-def _folder(store: Path) -> StoreFolder:
+def rekey(
+    context: Context,
+    to_tenant: Annotated[
+        str | None, typer.Option("--to-tenant", help="Whose it becomes; default: public.")
+    ] = None,
+    encrypt: Encrypt = False,
+    to_secret_file: Annotated[
+        Path | None,
+        typer.Option("--to-secret-file", help="Another secret, to rotate; default: the same."),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Remove the old one, once the new one is there.")
+    ] = False,
+    store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
+) -> None:
+    """Give a context to another tenant, encrypt it or not, or rotate the secret it is under: the
+    same KV in pages of other names, under another id."""
+    from ringspan.kvstore.rekey import rekey as rekey_context
+    from ringspan.kvstore.tenancy import SECRET_VARIABLE, server_secret, tenant_namespace
+    from ringspan.kvstore.tiers.moving import check_unpinned, forget
+
+    folder = _folder(store, tenant, secret_file)
+    name = folder.find(context)
+    if replace:
+        check_unpinned(folder, name)
+    if to_secret_file is None:
+        namespace = new_namespace(to_tenant, secret_file, encrypt)
+    elif to_tenant is None:
+        raise BadInput(f"--to-secret-file {to_secret_file}: wanted with --to-tenant NAME")
+    else:  # the variable holds the old one
+        secret = server_secret(to_secret_file.expanduser(), {SECRET_VARIABLE: ""})
+        namespace = tenant_namespace(to_tenant, secret, encrypt)
+    began = time.perf_counter()
+    with _progress("rekey") as progress:
+        manifest = rekey_context(folder, name, namespace, progress=progress)
+    print(
+        f"context {manifest.context_id}: {manifest.num_tokens:,} tokens, "
+        f"{'encrypted, ' if manifest.encrypted else ''}{bytes_words(manifest.payload_bytes)}, in "
+        f"{time.perf_counter() - began:.1f} s; parity: ringspan contexts repair --parity N"
+    )
+    if replace:
+        for left in forget(folder, name):
+            print(left)
+        print(f"removed {name}")
+
+
+def _folder(store: Path, tenant: str | None, secret_file: Path) -> StoreFolder:
     from ringspan.deploy.commands.contexts import existing
     from ringspan.kvstore.folder import Store as StoreFolder
 
-    return StoreFolder(existing(store))
+    return StoreFolder(existing(store), namespaces(tenant, secret_file))
 
 
 def _device(name: str) -> str:

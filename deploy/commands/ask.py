@@ -53,6 +53,8 @@ def ask(
     context: Context,
     question: Questions = None,
     store: options.Store = options.DEFAULT_STORE,
+    tenant: options.Tenant = None,
+    secret_file: options.SecretFile = options.DEFAULT_SECRET,
     ranks: options.Ranks = None,
     codec: InCodec = None,
     max_tokens: MaxTokens = 256,
@@ -81,7 +83,7 @@ def ask(
         from ringspan.kvstore.fidelity import check_fidelity
         from ringspan.kvstore.folder import Store
 
-        folder = Store(existing(store))
+        folder = Store(existing(store), options.namespaces(tenant, secret_file))
         manifest = folder.manifest(context)
         record.context_id = manifest.context_id
         if fidelity:
@@ -103,7 +105,7 @@ def ask(
         with record.phase("start"):
             gang = stack.enter_context(open_gang(spec, local))
         record.ranks = gang.ready
-        controller = Controller(gang, folder)
+        controller = Controller(gang, folder, namespace=bytes.fromhex(manifest.namespace))
         with record.phase("open"):
             handle = controller.open(manifest.context_id, fidelity, codec or "")
         _say_roads(handle)

@@ -10,7 +10,14 @@ import msgspec
 import typer
 
 from ringspan.deploy.commands import archives, repairs
-from ringspan.deploy.commands.options import DEFAULT_STORE, Store
+from ringspan.deploy.commands.options import (
+    DEFAULT_SECRET,
+    DEFAULT_STORE,
+    SecretFile,
+    Store,
+    Tenant,
+    namespaces,
+)
 from ringspan.deploy.progress import bytes_words, meter
 from ringspan.errors import BadInput, CorruptPage, StoreError
 
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from ringspan.kvstore.manifest import Manifest
 
 app = typer.Typer(
-    help="List, show, verify, move, recode, export, import, pin or remove contexts of a store.",
+    help="List, show, verify, move, recode, re-key, export, import, pin or remove contexts.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -27,6 +34,7 @@ app = typer.Typer(
 app.command("export")(archives.export)
 app.command("import")(archives.import_)
 app.command("recode")(archives.recode)
+app.command("rekey")(archives.rekey)
 app.command("verify")(repairs.verify)
 app.command("repair")(repairs.repair)
 
@@ -35,11 +43,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list")
-def list_(store: Store = DEFAULT_STORE, as_json: AsJson = False) -> None:
+def list_(
+    store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
+    as_json: AsJson = False,
+) -> None:
     """All contexts, newest first."""
     from ringspan.kvstore.folder import Store as StoreFolder
 
-    folder = StoreFolder(existing(store))
+    folder = StoreFolder(existing(store), namespaces(tenant, secret_file))
     manifests, damaged = folder.contexts()
     if as_json:
         rows = [_summary(manifest, folder) for manifest in manifests]
@@ -54,11 +67,17 @@ def list_(store: Store = DEFAULT_STORE, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False) -> None:
+def show(
+    context: Context,
+    store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
+    as_json: AsJson = False,
+) -> None:
     """What one context is: model, tokens, codec, pages, where it came from."""
     from ringspan.kvstore.folder import Store as StoreFolder
 
-    folder = StoreFolder(existing(store))
+    folder = StoreFolder(existing(store), namespaces(tenant, secret_file))
     manifest = folder.manifest(context)
     if as_json:
         print(msgspec.json.encode(_summary(manifest, folder)).decode())
@@ -78,6 +97,7 @@ def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False
         f" ({manifest.payload_bytes / manifest.num_tokens:,.0f} a token)",
         "prefilled": f"{_when(manifest)} on {manifest.world_size} ranks, {manifest.layout},"
         f" chunks of {manifest.chunk_tokens:,}",
+        "encrypted": "pages, tokens and title, at rest" if manifest.encrypted else "no",
         "fingerprint": manifest.origin.fingerprint,
         "folder": str(folder.folder(manifest)),
         "tiers": _tiers(manifest, folder),
@@ -90,13 +110,15 @@ def show(context: Context, store: Store = DEFAULT_STORE, as_json: AsJson = False
 def rm(
     contexts: Annotated[list[str], typer.Argument(help="Ids, or beginnings of them.")],
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
 ) -> None:
     """Remove contexts from the store. All ids are looked up before the first is removed."""
     from ringspan.kvstore.folder import Store as StoreFolder
     from ringspan.kvstore.forms import remove_forms
     from ringspan.kvstore.tiers.moving import check_unpinned, forget
 
-    folder = StoreFolder(existing(store))
+    folder = StoreFolder(existing(store), namespaces(tenant, secret_file))
     names = list(dict.fromkeys(folder.find(context) for context in contexts))
     for name in names:
         check_unpinned(folder, name)
@@ -113,6 +135,8 @@ def move(
     to: Annotated[str, typer.Option("--to", help="host, disk or remote:URL (an fsspec URL).")],
     keep: Annotated[bool, typer.Option("--keep", help="Copy: leave it where it is, too.")] = False,
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
 ) -> None:
     """Bring a context's pages to another tier, verified there before they go from here."""
     from ringspan.cluster.host_store import host_folder, host_tier
@@ -121,7 +145,7 @@ def move(
     from ringspan.kvstore.tiers.placement import tier_name
 
     target = tier_name(to, str(host_folder()))
-    folder = StoreFolder(existing(store))
+    folder = StoreFolder(existing(store), namespaces(tenant, secret_file))
     manifest = folder.manifest(context)
     if target.kind == "host":
         host_tier(Path(target.at)).close()  # started if it does not run
@@ -141,12 +165,14 @@ def pin(
     context: Context,
     off: Annotated[bool, typer.Option("--off", help="Unpin it.")] = False,
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
 ) -> None:
     """Keep a context from being evicted or removed."""
     from ringspan.kvstore.folder import Store as StoreFolder
     from ringspan.kvstore.tiers.moving import pin as pin_context
 
-    folder = StoreFolder(existing(store))
+    folder = StoreFolder(existing(store), namespaces(tenant, secret_file))
     name = folder.find(context)
     pin_context(folder, name, pinned=not off)
     print(f"{'unpinned' if off else 'pinned'} {name}")
@@ -190,6 +216,8 @@ def _summary(manifest: Manifest, folder: StoreFolder) -> dict[str, object]:
     from ringspan.kvstore.tiers.placement import read_placement
 
     fields = msgspec.to_builtins(manifest)
+    fields["namespace"] = manifest.origin.namespace  # a tenant's own is never printed
+    fields["encrypted"] = bool(fields.pop("hidden"))
     placement = read_placement(folder.folder(manifest))
     fields["tiers"] = [str(tier) for tier in placement.tiers]
     fields["pinned"] = placement.pinned

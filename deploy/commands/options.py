@@ -50,7 +50,9 @@ RopeScaling = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of random weights, or of sampling.")]
-Codec = Annotated[str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8, int4.")]
+Codec = Annotated[
+    str, typer.Option("--codec", help="raw (exact), bf16, int8, fp8, int4, nuq4, k4v2, int2.")
+]
 Fidelity = Annotated[
     str,
     typer.Option(
@@ -81,6 +83,25 @@ Local = Annotated[
     bool,
     typer.Option("--local", help="Without Ray: all ranks in this process (transport loopback)."),
 ]
+Tenant = Annotated[
+    str | None,
+    typer.Option(
+        "--tenant",
+        help="Whose contexts: no other tenant's are seen or shared; default: the public ones.",
+    ),
+]
+SecretFile = Annotated[
+    Path,
+    typer.Option(
+        "--secret-file",
+        envvar="RINGSPAN_SECRET_FILE",
+        help="The server's secret, of which tenants' keys are made (mode 0600). The variable "
+        "RINGSPAN_SECRET goes before it.",
+    ),
+]
+Encrypt = Annotated[
+    bool, typer.Option("--encrypt", help="Encrypt at rest (AES-256-GCM); wants --tenant.")
+]
 Threads = Annotated[
     int, typer.Option("--threads", help="CPU threads of one rank; 0 deals the cores evenly.")
 ]
@@ -91,6 +112,27 @@ Timeout = Annotated[
 NEEDLE_TOKENS = 8192
 """Of `--needles` without a number."""
 DEFAULT_STORE = Path("ringspan-store")
+DEFAULT_SECRET = Path("~/.config/ringspan/secret")
+"""Made by the first prefill of a tenant; who loses it loses all tenants' contexts."""
+
+
+def namespaces(tenant: str | None, secret_file: Path) -> tuple[bytes, ...]:
+    """What the caller's contexts lie in. BadInput where a tenant is named and no secret is."""
+    from ringspan.kvstore.tenancy import server_secret, tenant_namespaces
+
+    if tenant is None:
+        return tenant_namespaces(None, None)
+    return tenant_namespaces(tenant, server_secret(secret_file.expanduser(), make=False))
+
+
+def new_namespace(tenant: str | None, secret_file: Path, encrypt: bool) -> bytes:
+    """The one that a new context is to lie in; the secret is made with the first tenant."""
+    from ringspan.kvstore.tenancy import server_secret, tenant_namespace
+
+    if tenant is None:
+        return tenant_namespace(None, None, encrypt)
+    tenant_namespace(tenant, b"any")  # a name that is none must not make a secret
+    return tenant_namespace(tenant, server_secret(secret_file.expanduser()), encrypt)
 
 
 def default_ranks(device: str) -> int:

@@ -45,6 +45,14 @@ MemoryGib = Annotated[
         "--memory-gib", help="Of a device; default: the named one's, else this machine's."
     ),
 ]
+Nodes = Annotated[
+    int | None,
+    typer.Option(
+        "--nodes",
+        help="Also place it on so many idle nodes of eight --device-name, as the controller would.",
+    ),
+]
+Ttft = Annotated[float, typer.Option("--ttft", help="Seconds to the first token; for --nodes.")]
 RESERVE_SHARE = 0.05
 """Of a device's memory is the context's, the driver's and the allocator's."""
 PLANNED_DTYPES = {"auto": "bfloat16"}
@@ -102,6 +110,8 @@ def plan(
     rope_scaling: options.RopeScaling = None,
     dtype: options.Dtype = "auto",
     backend: options.Backend = "auto",
+    nodes: Nodes = None,
+    ttft: Ttft = 60.0,
     json: options.Json = None,
 ) -> None:
     """Predict every way to prefill, and choose; without weights, Ray or a GPU."""
@@ -113,6 +123,11 @@ def plan(
         raise BadInput(
             f"--ranks {ranks}: wanted the link between them too, --link-gbs and --link-latency-us,"
             " or a known machine, --device-name"
+        )
+    if nodes is not None and (nodes < 1 or device_name is None or not ttft > 0):
+        raise BadInput(
+            f"--nodes {nodes}, --ttft {ttft:g}: wanted at least 1 node of a known machine"
+            " (--device-name), and more than 0 s"
         )
     for name, value in (("--link-gbs", link_gbs), ("--memory-gib", memory_gib)):
         if value is not None and not value > 0:
@@ -159,6 +174,10 @@ def plan(
             json.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n")
         except OSError as error:
             raise StoreError(f"cannot write the record {json}: {error.strerror}") from None
+    if nodes is not None and device_name is not None:
+        from ringspan.cluster.simulate_runs import explained
+
+        print(f"\n{explained(facts, device_name, nodes, tokens, cached, ttft)}")
     if made.chosen is None:
         from ringspan.kvstore.codecs.registry import or_smaller
 

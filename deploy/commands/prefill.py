@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from ringspan.attention.models.facts import prefill_flops
@@ -29,9 +31,11 @@ from ringspan.deploy.inputs import gather
 from ringspan.deploy.progress import bytes_words, meter
 from ringspan.deploy.record import Prefilled, RunRecord, prefilled, recording
 from ringspan.deploy.tokenise import Prepared, describe_sources, prepare
+from ringspan.deploy.watching import check_files, watching
 from ringspan.errors import BadInput
 
 if TYPE_CHECKING:  # torch takes seconds to import: only a run that passed its checks does
+    from ringspan.cluster.events import PauseEvent, PrefillProgress
     from ringspan.cluster.planner import PrefillOptions
     from ringspan.cluster.stored import Description
     from ringspan.kvstore.folder import Store
@@ -90,6 +94,17 @@ Parity = Annotated[
         "the others; 0, 1 or 2.",
     ),
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Write what each rank did as a trace for Perfetto."),
+]
+MetricsFile = Annotated[
+    Path | None, typer.Option("--metrics", help="Write Prometheus metrics to this file.")
+]
+Decisions = Annotated[
+    Path | None,
+    typer.Option("--decisions", help="Append what was decided to this file, a JSON line each."),
+]
 Title = Annotated[str, typer.Option("--title", help="What `contexts list` calls it.")]
 
 
@@ -110,6 +125,9 @@ def prefill(
     threads: options.Threads = 0,
     seed: options.Seed = 0,
     store: options.Store = options.DEFAULT_STORE,
+    tenant: options.Tenant = None,
+    secret_file: options.SecretFile = options.DEFAULT_SECRET,
+    encrypt: options.Encrypt = False,
     limit_tokens: LimitTokens = None,
     again: Again = False,
     no_reuse: NoReuse = False,
@@ -120,6 +138,9 @@ def prefill(
     measure: Measure = None,
     parity: Parity = 0,
     title: Title = "",
+    trace: Trace = None,
+    metrics: MetricsFile = None,
+    decisions: Decisions = None,
     local: options.Local = False,
     timeout: options.Timeout = 60.0,
     json: options.Json = None,
@@ -140,6 +161,8 @@ def prefill(
         with record.phase("read"):
             _check_numbers(limit_tokens, chunk_tokens, audit_rows, parity)
             check_store_folder(store)
+            check_files(trace, metrics, decisions)
+            namespace = options.new_namespace(tenant, secret_file, encrypt)
             inputs = gather(input_, pattern or [])
         _say(f"read {inputs.describe()}")
         with record.phase("tokenise"):
@@ -177,12 +200,15 @@ def prefill(
                 chat=prepared.chat,
                 document=prepared.document,
             ),
-            store=Store(store),
+            store=Store(store, (namespace,)),
+            namespace=namespace,
             again=again,
             reuse=not no_reuse,
             local=local,
+            files=(trace, metrics, decisions),
         )
-        _say(f'ask it: ringspan ask {record.context_id} --store {store} "..."')
+        whose = f" --tenant {tenant}" if tenant is not None else ""
+        _say(f'ask it: ringspan ask {record.context_id} --store {store}{whose} "..."')
         print(record.context_id)
 
 
@@ -194,11 +220,13 @@ def _run(
     wanted: PrefillOptions,
     description: Description,
     store: Store,
+    namespace: bytes,
     again: bool,
     reuse: bool,
     local: bool,
+    files: tuple[Path | None, Path | None, Path | None],
 ) -> None:
-    """Gang, prefill, save; figures into the record."""
+    """Gang, prefill, save; figures into the record. files: of trace, metrics and decisions."""
     from ringspan.cluster.controller import Controller
     from ringspan.cluster.planner import explain
 
@@ -206,26 +234,48 @@ def _run(
         with record.phase("start"):
             gang = stack.enter_context(open_gang(spec, local))
         record.ranks = gang.ready
-        controller = Controller(gang, store)
+        controller = Controller(gang, store, namespace=namespace)
         plan = controller.plan(prepared.token_ids, wanted)
         for line in explain(plan, controller.facts, gang.ready).splitlines():
             _say(line)
+        trace, metrics, decisions = files
+        watch = stack.enter_context(
+            watching(
+                record,
+                gang.ready,
+                plan,
+                local=local,
+                trace=trace,
+                metrics=metrics,
+                decisions=decisions,
+            )
+        )
         with meter(
             "prefill",
             plan.num_tokens,
             work=lambda tokens: prefill_flops(controller.facts, tokens),
         ) as progress:
+
+            def on_event(event: PrefillProgress) -> None:
+                watch.on_event(event)
+                progress.update(event.tokens_done, f"KV {bytes_words(event.kv_bytes)}")
+
+            def on_pause(event: PauseEvent) -> None:
+                watch.on_pause(event)
+                _say_pause(event)
+
             done = controller.prefill(
                 prepared.token_ids,
                 wanted,
                 description=description,
-                on_event=lambda event: progress.update(
-                    event.tokens_done, f"KV {bytes_words(event.kv_bytes)}"
-                ),
+                on_event=on_event,
+                on_pause=on_pause,
                 again=again,
                 reuse=reuse,
             )
-    record.context_id, record.plan = done.context_id, done.plan
+        watch.ended(done)
+    record.context_id = done.context_id
+    record.plan = msgspec.structs.replace(done.plan, namespace="")  # never in a file
     if done.reused:
         _say(f"the store has context {done.context_id} already; --again prefills it anew")
         return
@@ -262,6 +312,20 @@ def _say_prediction(done: Prefilled) -> None:
             f"predicted {done.predicted_s:.4g} s, took {done.elapsed_s:.4g} s"
             f" (ratio {done.ratio:.3f})"
         )
+
+
+def _say_pause(event: PauseEvent) -> None:
+    from ringspan.cluster.events import PrefillPaused
+
+    if isinstance(event, PrefillPaused):
+        _say(f"paused: {event.reason}; replacing what is lost")
+        return
+    ranks = ", ".join(str(rank) for rank in event.replaced) or "none"
+    _say(
+        f"goes on at chunk {event.chunk_index} of {event.num_chunks} after {event.pause_s:.1f} s"
+        f" ({event.load_s:.1f} s of it to load the model; ranks replaced: {ranks};"
+        f" {event.restored_pages:,} pages read, {event.recomputed_tokens:,} tokens computed again)"
+    )
 
 
 def _say_reused(plan: PrefillPlan) -> None:

@@ -11,7 +11,14 @@ import typer
 
 from ringspan.deploy.checks import check_gang, check_model
 from ringspan.deploy.commands import options
-from ringspan.deploy.commands.options import DEFAULT_STORE, Store
+from ringspan.deploy.commands.options import (
+    DEFAULT_SECRET,
+    DEFAULT_STORE,
+    SecretFile,
+    Store,
+    Tenant,
+    namespaces,
+)
 from ringspan.deploy.gangs import open_gang
 from ringspan.deploy.progress import Meter, bytes_words, meter
 from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError
@@ -43,6 +50,8 @@ Parity = Annotated[
 def verify(
     context: Context,
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
     deep: Deep = False,
     sample: Sample = 4,
     ranks: options.Ranks = None,
@@ -55,23 +64,29 @@ def verify(
     timeout: options.Timeout = 60.0,
 ) -> None:
     """Read every copy of every page of a context, in all its tiers, and its parity, and check it.
-    Status 1 if any is corrupt; nothing is changed. The gang's options are for --deep."""
+    Status 1 if any is corrupt; nothing is changed. Any tenant's context can be verified as it is
+    stored; with --tenant its keys and what is encrypted are checked too. The gang's options are for
+    --deep."""
     if deep and sample < 1:
         raise BadInput(f"--sample {sample}: wanted at least one page")
-    folder = _folder(store)
+    folder = _folder(store, None if tenant is None else namespaces(tenant, secret_file))
     name = folder.find(context)
     report = _audit(folder, name)
+    for note in report.notes:
+        print(note)
     if not report.ok:
         _tell(report)
         raise CorruptPage(
             f"context {name}: {len(report.bad_pages)} of {report.num_pages} pages are corrupt, "
             f"{len(report.problems)} problems with its manifest or tokens, "
-            f"{len(report.bad_parity)} with its parity; {_advice(report)}"
+            f"{len(report.bad_parity)} with its parity, {len(report.side_problems)} with the files "
+            f"beside its pages; {_advice(report)}"
         )
     parity = f", {report.parity_rows} of parity to a stripe" if report.parity_rows else ""
+    as_stored = " as stored (it is a tenant's)" if report.locked else ""
     print(
         f"context {name}: {report.num_pages:,} pages, {bytes_words(report.payload_bytes)}{parity},"
-        f" all whole, read in {report.elapsed_s:.1f} s"
+        f" all whole{as_stored}, read in {report.elapsed_s:.1f} s"
     )
     if deep:
         manifest = folder.manifest(name)
@@ -106,6 +121,8 @@ def _verify_deep(
 def repair(
     context: Context,
     store: Store = DEFAULT_STORE,
+    tenant: Tenant = None,
+    secret_file: SecretFile = DEFAULT_SECRET,
     parity: Parity = None,
     ranks: options.Ranks = None,
     transport: options.Transport = "auto",
@@ -122,7 +139,7 @@ def repair(
 
     if parity is not None:
         check_rows(parity)
-    folder = _folder(store)
+    folder = _folder(store, namespaces(tenant, secret_file))
     name = folder.find(context)
     for file in _mend_index(folder, name):
         print(f"{file} was restored from its copy")
@@ -154,9 +171,13 @@ def repair(
 
 def _mend_index(folder: StoreFolder, name: str) -> tuple[str, ...]:
     from ringspan.kvstore.index_copy import mend_index
+    from ringspan.kvstore.parity import mend_parity_rows
+    from ringspan.kvstore.tiers.placement import mend_placement
 
+    at = folder.root / "contexts" / name
     try:
-        return mend_index(folder.root / "contexts" / name)
+        mended = mend_index(at, folder.namespaces or ())
+        return (*mended, *mend_placement(at), *mend_parity_rows(at))
     except StoreError as error:
         raise CorruptPage(
             f"{error}, and neither is its copy; nothing can be repaired without it: remove it "
@@ -239,7 +260,8 @@ def _spec(
 
 def _tell(report: VerifyReport) -> None:
     pages = (page.what for page in report.bad_pages)
-    for problem in dict.fromkeys((*report.problems, *report.bad_parity, *pages)):
+    found = (*report.problems, *report.side_problems, *report.bad_parity, *pages)
+    for problem in dict.fromkeys(found):
         print(problem)
 
 
@@ -253,7 +275,8 @@ def _audit(folder: StoreFolder, name: str) -> VerifyReport:
     from ringspan.kvstore.audit import verify as audit
 
     with _pages_meter() as progress:
-        return audit(folder.root / "contexts" / name, progress)
+        at = folder.root / "contexts" / name
+        return audit(at, progress, namespaces=folder.namespaces or ())
 
 
 @contextlib.contextmanager
@@ -270,7 +293,7 @@ def _pages_meter() -> Iterator[Progress]:
         yield progress
 
 
-def _folder(store: Store) -> StoreFolder:
+def _folder(store: Store, namespaces: tuple[bytes, ...] | None) -> StoreFolder:
     """BadInput if there is none: reading must not make one."""
     from ringspan.kvstore.folder import Store as StoreFolder
 
@@ -278,4 +301,4 @@ def _folder(store: Store) -> StoreFolder:
         raise BadInput(
             f"--store {store}: no such folder; prefill something first, or name another store"
         )
-    return StoreFolder(store)
+    return StoreFolder(store, namespaces)

@@ -8,8 +8,11 @@ from ringspan.attention.kv import Codec, specs_bytes, unit_tokens
 from ringspan.errors import UnknownName
 from ringspan.kvstore.codecs.bf16 import Bf16Codec
 from ringspan.kvstore.codecs.fp8 import Fp8Codec
+from ringspan.kvstore.codecs.int2 import Int2Codec
 from ringspan.kvstore.codecs.int4 import Int4Codec
 from ringspan.kvstore.codecs.int8 import Int8Codec
+from ringspan.kvstore.codecs.k4v2 import K4V2Codec
+from ringspan.kvstore.codecs.nuq import NuqCodec
 from ringspan.kvstore.codecs.raw import RawCodec
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ CODECS: dict[str, PageCodec] = {
     "int8": Int8Codec(),
     "fp8": Fp8Codec(),
     "int4": Int4Codec(),
+    "nuq4": NuqCodec(4),
+    "k4v2": K4V2Codec(),
+    "int2": Int2Codec(),
 }
 
 SMALLER = {"raw": "int8", "bf16": "int8", "int8": "int4", "fp8": "int4"}

@@ -18,6 +18,7 @@ import numpy as np
 
 from ringspan.kvstore import audit as audits
 from ringspan.kvstore import (
+    direct,
     folder,
     index_copy,
     journal,
@@ -25,6 +26,7 @@ from ringspan.kvstore import (
     parity,
     repair,
     segment,
+    segment_reader,
     staging,
     transfer,
     write_behind,
@@ -38,10 +40,10 @@ from ringspan.kvstore.tiers import host as host_tier
 from ringspan.kvstore.tiers import placement, quarantine, remote, slabs
 
 ON_DISK = (
-    disk_tier, folder, host_tier, index_copy, journal, parity, placement, quarantine, repair,
-    segment, staging,
+    direct, disk_tier, folder, host_tier, index_copy, journal, parity, placement, quarantine,
+    repair, segment, segment_reader, staging,
 )  # fmt: skip
-OPENING = (folder, index_copy, parity, placement, repair, segment)
+OPENING = (folder, index_copy, parity, placement, repair, segment, segment_reader)
 NAMING = (folder, index_copy, leases, remote, repair, slabs, staging)
 THREADED = (audits, host_tier, parity, transfer, write_behind)
 

@@ -19,8 +19,10 @@ import msgspec
 
 from ringspan.errors import CorruptPage
 from ringspan.kvstore import staging
+from ringspan.kvstore.direct import DirectFile
 from ringspan.kvstore.frame import aligned, decode_head
-from ringspan.kvstore.segment import SegmentWriter, read_into, scan_heads, store_error
+from ringspan.kvstore.segment import SegmentWriter, store_error
+from ringspan.kvstore.segment_reader import scan_heads
 from ringspan.kvstore.tiers.base import PageId, PageMissing, TierStat, page_id
 
 if TYPE_CHECKING:
@@ -37,24 +39,24 @@ class Segments:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, DirectFile] = {}
         self._lock = threading.Lock()
 
-    def fd(self, segment: str) -> int:
+    def file(self, segment: str) -> DirectFile:
         with self._lock:
-            if segment not in self._fds:
+            if segment not in self._files:
                 path = self.folder / segment
                 try:
-                    self._fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._files[segment] = DirectFile(path)
                 except OSError as error:
                     raise store_error(error, "cannot open segment", path) from None
-            return self._fds[segment]
+            return self._files[segment]
 
     def close(self) -> None:
         with self._lock:
-            for fd in self._fds.values():
-                os.close(fd)
-            self._fds.clear()
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
 
 class SegmentReader:
@@ -88,9 +90,9 @@ class SegmentReader:
         self._read(record, room, record.frame_bytes - aligned(record.payload_bytes) + first)
 
     def _read(self, record: PageRecord, room: memoryview, first: int) -> None:
-        fd = self._segments.fd(record.segment)
+        file = self._segments.file(record.segment)
         try:
-            read_into(fd, [room], record.offset + first, self.where(record))
+            file.read(room, record.offset + first, self.where(record))
         except OSError as error:
             path = self._segments.folder / record.segment
             raise store_error(error, "cannot read", path) from None

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ringspan.errors import BadInput, StoreError
+from ringspan.errors import BadInput, StoreError, TooLarge
 from ringspan.kvstore.folder import Store, segment_path
 from ringspan.kvstore.frame import aligned
+from ringspan.kvstore.manifest import cipher_for
 from ringspan.kvstore.page import Page, verify_sums
 from ringspan.kvstore.planes import payload_sums
 from ringspan.kvstore.segment import SegmentWriter
@@ -19,6 +20,8 @@ from ringspan.kvstore.supply import NO_QUARANTINE, Supply
 from ringspan.kvstore.tiers.base import PageId, form_id
 from ringspan.kvstore.tiers.counters import StoreCounters
 from ringspan.kvstore.tiers.disk import DISK
+from ringspan.kvstore.tiers.evicting import InUse, Limits, make_room, nobody
+from ringspan.kvstore.tiers.host import HOST
 from ringspan.kvstore.tiers.placement import (
     Placement,
     TierName,
@@ -28,30 +31,44 @@ from ringspan.kvstore.tiers.placement import (
     reader_of,
     write_placement,
 )
+from ringspan.kvstore.tiers.remote import REMOTE
 
 if TYPE_CHECKING:
     from ringspan.kvstore.manifest import Manifest
+    from ringspan.kvstore.tiers.base import Tier
 
 Progress = Callable[[int, int], None]
 """(pages done, pages in all)."""
 
 
 def move(
-    store: Store, name: str, to: TierName, *, keep: bool = False, progress: Progress | None = None
+    store: Store,
+    name: str,
+    to: TierName,
+    *,
+    keep: bool = False,
+    progress: Progress | None = None,
+    limits: Limits | None = None,
+    in_use: InUse = nobody,
 ) -> Placement:
     """All pages of a context (id or prefix) to a tier; from where they were they go, unless `keep`.
 
-    Every page is verified as it is read, and once more as the tier gives it back. Raises
-    `CorruptPage`, `StoreError`; the context is then where it was.
+    Every page is verified as it is read, and once more as the tier gives it back. A host store that
+    has no room for them, or a tier beyond its `limits`, gives up copies that are elsewhere too and
+    not in use (`evicting`). Raises `CorruptPage`, `StoreError`, `TooLarge` beyond the limits; the
+    context is then where it was.
     """
     manifest = store.manifest(name)
     folder = store.folder(manifest)
     before = read_placement(folder)
     if to not in before.tiers:
+        if limits is not None and to.kind != REMOTE:
+            coming = {manifest.namespace: _coming_bytes(manifest, to)}
+            make_room(store, to, coming, limits, keep=(manifest.context_id,), in_use=in_use)
         if to.kind == DISK:
             manifest = _to_segments(store, manifest, progress)
         else:
-            _to_tier(store, manifest, to, progress)
+            _to_tier(store, manifest, to, progress, in_use)
     _verify_at(store, manifest, to)
     both = tuple(dict.fromkeys((*before.tiers, to)))
     write_placement(folder, msgspec.structs.replace(before, tiers=both))
@@ -106,12 +123,46 @@ def forget(store: Store, name: str) -> list[str]:
     return left
 
 
-def _to_tier(store: Store, manifest: Manifest, to: TierName, progress: Progress | None) -> None:
+def _to_tier(
+    store: Store, manifest: Manifest, to: TierName, progress: Progress | None, in_use: InUse
+) -> None:
+    """A host store that is full is asked once more, after as much of it has gone as is coming."""
     tier = open_tier(to)
     try:
-        tier.put(_pages(store, manifest, progress))
+        try:
+            tier.put(_pages(store, manifest, progress))
+        except StoreError as full:
+            if to.kind != HOST or not _made_room(store, manifest, to, tier, in_use):
+                raise full from None
+            tier.put(_pages(store, manifest, progress))
     finally:
         tier.close()
+
+
+def _made_room(store: Store, manifest: Manifest, to: TierName, tier: Tier, in_use: InUse) -> bool:
+    """Whether enough went. What a store has in slabs of other slots, its bytes do not tell: so it
+    is not what would fit that goes, but as much as comes."""
+    coming = {manifest.namespace: _coming_bytes(manifest, to)}
+    limits = Limits(capacity_bytes=tier.stat().used_bytes)
+    try:
+        gone = make_room(store, to, coming, limits, keep=(manifest.context_id,), in_use=in_use)
+    except TooLarge:
+        return False
+    return gone.pages > 0
+
+
+def _coming_bytes(manifest: Manifest, to: TierName) -> int:
+    """Of frames that a tier does not hold yet."""
+    there = [False] * len(manifest.pages)
+    if to.kind == HOST:
+        form = form_id(manifest.form, manifest.origin)
+        tier = open_tier(to)
+        try:
+            there = tier.holds([PageId(key, form) for key in manifest.keys])
+        finally:
+            tier.close()
+    pairs = zip(manifest.pages, there, strict=True)
+    return sum(record.frame_bytes for record, has in pairs if not has)
 
 
 def _verify_at(store: Store, manifest: Manifest, to: TierName) -> None:
@@ -120,14 +171,14 @@ def _verify_at(store: Store, manifest: Manifest, to: TierName) -> None:
     with Supply(manifest, [reader], NO_QUARANTINE, StoreCounters()) as back:
         for record in manifest.pages:
             room = memoryview(bytearray(aligned(record.payload_bytes)))
-            back.page(record, room)
+            back.stored_page(record, room)
 
 
 def _to_segments(store: Store, manifest: Manifest, progress: Progress | None) -> Manifest:
     """Back to segments of the context's own folder, which is replaced in one step."""
     tokens = store.tokens(manifest)
     placement = read_placement(store.folder(manifest))
-    with store.staged(manifest.context_id, tokens) as staging:
+    with store.staged(manifest.context_id, tokens, cipher_for(manifest)) as staging:
         with SegmentWriter(segment_path(staging, 0)) as writer:
             records = tuple(writer.append(page) for page in _pages(store, manifest, progress))
         write_placement(Path(staging), placement)
@@ -140,7 +191,7 @@ def _pages(store: Store, manifest: Manifest, progress: Progress | None) -> Itera
     with context_supply(store.root, manifest, manifest.pages) as supply:
         for index, record in enumerate(manifest.pages):
             room = memoryview(bytearray(aligned(record.payload_bytes)))
-            header = supply.page(record, room).header
+            header = supply.stored_page(record, room).header
             payload = room[: record.payload_bytes]
             verify_sums(
                 header, payload_sums(payload, form.specs, form.num_layers, record.span.tokens)

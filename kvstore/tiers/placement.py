@@ -6,7 +6,9 @@ remote; what is said here is where to look, never that a page there is good.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ import msgspec
 
 from ringspan.errors import BadInput, StoreError
 from ringspan.kvstore.rebuild import ParityReader, has_parity
-from ringspan.kvstore.segment import store_error
+from ringspan.kvstore.side_file import mend_side_file, read_side_file, write_side_file
 from ringspan.kvstore.supply import Supply
 from ringspan.kvstore.tiers.base import PageMissing, form_id
 from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
@@ -22,6 +24,7 @@ from ringspan.kvstore.tiers.disk import DISK, SegmentReader
 from ringspan.kvstore.tiers.host import HOST, HostTier
 from ringspan.kvstore.tiers.quarantine import Quarantine
 from ringspan.kvstore.tiers.remote import REMOTE, RemoteTier
+from ringspan.kvstore.tokens import TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,29 +79,40 @@ def open_tier(name: TierName) -> Tier:
 
 def read_placement(folder: Path) -> Placement:
     """Of the context in `folder`. Raises `StoreError` for a file that cannot be read."""
-    try:
-        data = (folder / FILE).read_bytes()
-    except FileNotFoundError:
-        return Placement()
-    except OSError as error:
-        raise store_error(error, "cannot read", folder / FILE) from None
-    try:
-        return msgspec.json.decode(data, type=Placement)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise StoreError(f"context {folder.name}: {FILE} cannot be read: {error}") from None
+    return read_side_file(folder / FILE, Placement) or Placement()
 
 
 def write_placement(folder: Path, placement: Placement) -> None:
     """In one step."""
-    part = folder / f"{FILE}.part"
+    write_side_file(folder / FILE, placement)
+
+
+def mend_placement(folder: Path) -> tuple[str, ...]:
+    """`tiers.json` from its copy; where neither is whole and the context's own segments are there,
+    as a context that lies on disk. The name if it was written. Raises `StoreError` where nothing
+    says where the pages are."""
     try:
-        with open(part, "wb") as file:
-            file.write(msgspec.json.encode(placement))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / FILE)
-    except OSError as error:
-        raise store_error(error, "cannot write", folder / FILE) from None
+        return mend_side_file(folder / FILE, Placement)
+    except StoreError:
+        if next(folder.glob("*.seg"), None) is None:
+            raise
+    write_placement(folder, Placement())
+    return (FILE,)
+
+
+def note_use(folder: Path) -> None:
+    """The context in `folder` was read just now: its tokens' access time says so to eviction."""
+    path = folder / TOKENS
+    with contextlib.suppress(OSError):  # a store that is only read remembers nothing
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def last_used_s(folder: Path) -> float:
+    """Seconds since 1970; 0 where it cannot be told."""
+    try:
+        return (folder / TOKENS).stat().st_atime
+    except OSError:
+        return 0.0
 
 
 def context_supply(

@@ -19,7 +19,7 @@ from ringspan.kvstore.page import RECOMPUTED, seal
 from ringspan.kvstore.parity import check_parity
 from ringspan.kvstore.planes import payload_sums
 from ringspan.kvstore.repair import PageWriter, republish
-from ringspan.kvstore.segment import read_frame
+from ringspan.kvstore.segment_reader import read_frame
 
 TINY = ModelSpec(name="random:tiny", seed=5, dtype="float32")
 TOKENS = np.random.default_rng(3).integers(0, 1024, size=1100, dtype=np.int32)

@@ -27,7 +27,11 @@ def test_every_kernel_fits_the_shared_memory_of_a_hopper_multiprocessor(compiled
 
 def test_codes_go_to_the_tensor_cores_as_they_are(compiled):
     """8-bit products, and no code of K or V is made a float."""
-    swept = {name: row for name, row in compiled.items() if name.startswith(("int8", "int4"))}
+    swept = {
+        name: row
+        for name, row in compiled.items()
+        if name.startswith(("int8", "int4", "k4v2")) and "wide" not in name
+    }
     assert swept
     assert all(row["products8"] > 0 for row in swept.values())
     assert all(row["converts8"] == 0 for row in swept.values())
@@ -43,6 +47,14 @@ def test_nibbles_are_unpacked_four_at_a_time(compiled):
     assert min(row["unpacked4"] for row in swept) > 0
 
 
+def test_wide_sweeps_are_products_of_warp_groups(compiled):
+    """Of fp16, whose conversion from codes goes through no fp32."""
+    swept = [row for name, row in compiled.items() if "wide" in name]
+    assert swept
+    assert min(row["products16"] for row in swept) > 0
+    assert max(row["converts8"] for row in swept) == 0
+
+
 def main(which: str) -> None:
     rows = []
     for name, done in variants(which):
@@ -54,8 +66,9 @@ def main(which: str) -> None:
                 "cubin_bytes": len(done.asm["cubin"]),
                 "products8": ptx.count(".s32.s8.s8") + ptx.count(".e4m3"),
                 "converts8": ptx.count("cvt.rn.f32.s8") + ptx.count("cvt.rn.f32.u8"),
+                "products16": ptx.count("k16.f32.f16.f16"),
                 "copies": ptx.count("cp.async.c"),
-                "unpacked4": ptx.count("0xF0F0F0F0, 0x80808080, 0x6A"),
+                "unpacked4": ptx.count("0xF0F0F0F0, 0x80808080, 0x6A") + ptx.count("0xf0f0f0f0"),
             }
         )
     json.dump(rows, sys.stdout)
@@ -68,18 +81,24 @@ def variants(which: str):
     from ringspan.kernels.decode4_triton import sweep4_kernel
     from ringspan.kernels.decode8_triton import sweep8_kernel
     from ringspan.kernels.decode_ends_triton import join_kernel, means_kernel, prepare_kernel
+    from ringspan.kernels.decode_k4v2_triton import sweep_k4v2_kernel
     from ringspan.kernels.decode_plain_triton import sweep_plain_kernel
-    from ringspan.kernels.decode_triton import DEFAULTS
+    from ringspan.kernels.decode_triton import DEFAULTS, WIDE
+    from ringspan.kernels.decode_wide_triton import sweep4_wide_kernel, sweep8_wide_kernel
 
-    codes = {"int8": "i8", "fp8": "fp8e4nv", "int4": "i8"}
+    codes = {"int8": "i8", "fp8": "fp8e4nv", "int4": "i8", "k4v2": "i8"}
+    few_bits = ("int4", "k4v2")
     indices = {"page_table": "i32", "cu_rows": "i32", "lengths": "i32"}
     parts = {"part_out": "fp32", "part_lse": "fp32"}
     sizes = (
         "num_tokens", "num_sequences", "num_heads", "table_b", "num_pages", "num_rows", "first"
     )  # fmt: skip
     flags = {"SOFTCAP": False, "HAS_TABLE": True, "HAS_ROWS": True, "HAS_LENGTHS": True}
-    some = {("int8", 128, 8), ("fp8", 64, 16), ("int4", 128, 64)}
-    for kind in ("int8", "fp8", "int4"):
+    some = {
+        ("int8", 128, 8), ("int8", 128, 64), ("fp8", 64, 16), ("int4", 128, 16), ("int4", 128, 64),
+        ("k4v2", 128, 8),
+    }  # fmt: skip
+    for kind in codes:
         for dim in (64, 128):
             for rows in (8, 16, 64):
                 if which == "some" and (kind, dim, rows) not in some:
@@ -92,19 +111,27 @@ def variants(which: str):
                 terms = {"Q_TERMS": config.q_terms, "P_TERMS": config.p_terms}
                 queries = {"high": codes[kind], "low": codes[kind], "row_scale": "fp32"}
                 pages = {
-                    "k_codes": "u8" if kind == "int4" else codes[kind],
-                    "v_codes": "u8" if kind == "int4" else codes[kind],
-                    **dict.fromkeys(("k_scale", "v_scale"), "fp16" if kind == "int4" else "fp32"),
+                    "k_codes": "u8" if kind in few_bits else codes[kind],
+                    "v_codes": "u8" if kind in few_bits else codes[kind],
+                    **dict.fromkeys(("k_scale", "v_scale"), "fp16" if kind in few_bits else "fp32"),
                 }
-                if kind == "int4":
-                    pages |= dict.fromkeys(("k_zero", "v_zero"), "fp16")
+                if kind in few_bits:
+                    pages |= {"k_zero": "fp16"}
+                    pages |= {"v_zero": "fp16"} if kind == "int4" else {"v_dims": "u8"}
                     queries |= {"sums": "fp32", "means": "fp32"}
                     only = {"ASM": True, "STEPS": config.steps}
                 else:
                     only = {"INTEGER": kind == "int8"}
-                kernel = sweep4_kernel if kind == "int4" else sweep8_kernel
+                kernel = {"int4": sweep4_kernel, "k4v2": sweep_k4v2_kernel}.get(kind, sweep8_kernel)
+                wide = rows > 16 and kind in WIDE
+                if wide:
+                    kernel = sweep4_wide_kernel if kind == "int4" else sweep8_wide_kernel
+                    queries = {"q": "fp16", "row_scale": "fp32"}
+                    pages |= {"k_mean": "fp16"} if kind == "int4" else {}
+                    del index["PAIRED"]
+                    terms, only = {}, {"ASM": True, "STEPS": config.steps}
                 yield (
-                    f"{kind} D{dim} R{rows}",
+                    f"{kind} D{dim} R{rows}" + " wide" * wide,
                     compile_kernel(
                         kernel,
                         queries | pages | indices | parts,
@@ -137,7 +164,7 @@ def variants(which: str):
             compile_kernel(
                 prepare_kernel,
                 {"q": "bf16", "high": "i8", "low": "i8", "row_scale": "fp32", "sums": "fp32"},
-                {"D": dim, "GROUPS": dim // 64, "ROTATE": True, "INTEGER": True, "BLOCK_R": 16},
+                {"D": dim, "GROUPS": dim // 64, "ROTATE": True, "CODES": "int8", "BLOCK_R": 16},
                 floats=("factor", "norm"),
                 unaligned=sizes,
                 num_warps=4,

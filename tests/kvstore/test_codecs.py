@@ -12,7 +12,7 @@ from ringspan.kvstore.testing import RELATIVE_RMS, check_codec, make_shards
 from ringspan.types import Span
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IN_PLACE = ["int8", "fp8", "int4"]
+IN_PLACE = ["int8", "fp8", "int4", "k4v2", "int2"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -32,7 +32,10 @@ def test_only_raw_is_exact():
     assert [name for name in CODECS if codec(name).exact] == ["raw"]
 
 
-BITS = [("raw", 16), ("bf16", 16), ("int8", 8.25), ("fp8", 8.25), ("int4", 4.5625)]
+BITS = [
+    ("raw", 16), ("bf16", 16), ("int8", 8.25), ("fp8", 8.25), ("int4", 4.5625),
+    ("nuq4", 4.314453125), ("k4v2", 3.40625), ("int2", 2.21875),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "bits"), BITS)
@@ -129,5 +132,7 @@ def test_many_rows_are_not_attended_to_in_place():
 
 
 def test_an_unknown_codec_is_named_with_the_known_ones():
-    with pytest.raises(UnknownName, match=r"'int3'; known: bf16, fp8, int4, int8, raw"):
+    with pytest.raises(
+        UnknownName, match=r"'int3'; known: bf16, fp8, int2, int4, int8, k4v2, nuq4, raw"
+    ):
         codec("int3")

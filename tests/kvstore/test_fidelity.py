@@ -18,7 +18,10 @@ from ringspan.kvstore.page import Origin, page_form
 from ringspan.kvstore.testing import make_context
 
 ORIGIN = Origin(fingerprint="ab" * 32, namespace="00" * 8, rope="applied")
-WANTED = {"raw": "exact", "bf16": "16-bit", "int8": "8-bit", "fp8": "8-bit", "int4": "4-bit"}
+WANTED = {
+    "raw": "exact", "bf16": "16-bit", "int8": "8-bit", "fp8": "8-bit", "int4": "4-bit",
+    "nuq4": "4-bit", "k4v2": "2-bit", "int2": "2-bit",
+}  # fmt: skip
 
 
 def form_of(name, head_dim=128):

@@ -11,7 +11,8 @@ from ringspan.errors import CorruptPage, StoreError
 from ringspan.kvstore import batches, write_behind
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.page import Origin
-from ringspan.kvstore.segment import SegmentWriter, read_frame, scan
+from ringspan.kvstore.segment import SegmentWriter
+from ringspan.kvstore.segment_reader import read_frame, scan
 from ringspan.kvstore.testing import make_context, make_shards
 from ringspan.kvstore.transfer import save_shard
 

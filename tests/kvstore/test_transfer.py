@@ -10,11 +10,14 @@ from ringspan.attention.kv import unit_tokens
 from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore import batches
 from ringspan.kvstore.codecs.registry import CODECS
+from ringspan.kvstore.host_rows import HostRows
 from ringspan.kvstore.manifest import assign_pages
 from ringspan.kvstore.page import Origin
-from ringspan.kvstore.segment import scan
+from ringspan.kvstore.segment_reader import scan
+from ringspan.kvstore.supply import NO_QUARANTINE, Supply
 from ringspan.kvstore.testing import make_context, make_shards, open_shard
 from ringspan.kvstore.tiers.counters import StoreCounters
+from ringspan.kvstore.tiers.disk import SegmentReader
 from ringspan.kvstore.tiers.placement import context_supply
 from ringspan.kvstore.transfer import load_shard
 
@@ -122,22 +125,23 @@ def test_a_refused_page_leaves_the_shard_as_it_was(tmp_path):
 
 
 def damaging(real, times):
-    """A copy to the shard that goes wrong so many times."""
-    left = [times]
+    """A copy to the shard that goes wrong so many times: in some page's V of layer 2."""
+    calls, left = [0], [times]
 
-    def give(buffer, layers, specs, batch):
-        real(buffer, layers, specs, batch)
-        if left[0]:
+    def copy(rows, part_rows, part):
+        real(rows, part_rows, part)
+        calls[0] += 1
+        if left[0] and calls[0] % 6 == 0:
             left[0] -= 1
-            layers[2][1][batch.row + 3, 1, 7] += 1
+            part_rows[7] ^= 1
 
-    return give
+    return copy
 
 
 def test_bytes_that_change_on_the_way_to_the_shard_are_read_again(tmp_path, monkeypatch):
     """What xxh3 on the host cannot see, the plane sums on the device do."""
     made = make_context(tmp_path)
-    monkeypatch.setattr(batches.Buffer, "give", damaging(batches.Buffer.give, 1))
+    monkeypatch.setattr(HostRows, "_copy", damaging(HostRows._copy, 1))
     counters = StoreCounters()
     supply = context_supply(made.store.root, made.manifest, made.manifest.pages, counters)
     (shard,) = make_shards(0, 1)
@@ -150,7 +154,7 @@ def test_bytes_that_change_on_the_way_to_the_shard_are_read_again(tmp_path, monk
 
 def test_a_shard_whose_rows_do_not_keep_what_they_are_given_is_never_read(tmp_path, monkeypatch):
     made = make_context(tmp_path)
-    monkeypatch.setattr(batches.Buffer, "give", damaging(batches.Buffer.give, 9))
+    monkeypatch.setattr(HostRows, "_copy", damaging(HostRows._copy, 9))
     shard_class = type(made.shards[0])
     fill = shard_class.fill
 
@@ -256,3 +260,33 @@ def test_a_shard_of_another_codec_is_refused(tmp_path):
     (shard,) = make_shards(0, 1, "bf16")
     with pytest.raises(BadInput, match="codec 'raw', wanted 'bf16'"):
         load_shard(made.store.root, made.manifest, made.manifest.pages, shard)
+
+
+def test_a_supply_is_closed_whatever_the_loading_ends_by(tmp_path):
+    made = make_context(tmp_path)
+    pages = made.manifest.pages
+    tokens = made.store.folder(made.manifest) / "tokens.npy"
+
+    class Counted(Supply):
+        closed = 0
+
+        def close(self):
+            super().close()
+            self.closed += 1
+
+    def opened():
+        return Counted(made.manifest, [SegmentReader(tokens.parent)], NO_QUARANTINE)
+
+    def load(supply, codec="raw"):
+        like = make_shards(0, 1, codec)[0]
+        shard = type(like)(like.codec, 3, 2, 32, torch.float32, "cpu", 75, 16)
+        load_shard(made.store.root, made.manifest, pages, shard, supply=supply)
+
+    whole, other, lost = opened(), opened(), opened()
+    load(whole)
+    with pytest.raises(BadInput, match="wanted 'bf16'"):
+        load(other, "bf16")
+    tokens.unlink()
+    with pytest.raises(StoreError):
+        load(lost)
+    assert (whole.closed, other.closed, lost.closed) == (1, 1, 1)

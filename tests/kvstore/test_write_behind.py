@@ -16,7 +16,7 @@ from ringspan.kvstore import batches, write_behind
 from ringspan.kvstore.codecs.registry import CODECS
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.page import Origin
-from ringspan.kvstore.segment import read_frame
+from ringspan.kvstore.segment_reader import read_frame
 from ringspan.kvstore.shard import ContextShard
 from ringspan.kvstore.write_behind import WriteBehind, save_shard
 from ringspan.types import Span
