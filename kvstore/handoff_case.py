@@ -276,7 +276,9 @@ def run_function(side: str, rank: int, where: str, name: str, *args: object) -> 
 
 def save_ended(ended: RankEnded, case: HandoffCase, side: str, rank: int, folder: str) -> None:
     path = Path(folder) / f"{case.name}-{side}-{rank}.json"
-    path.write_bytes(msgspec.json.encode(ended))
+    made = path.with_suffix(".part")
+    made.write_bytes(msgspec.json.encode(ended))
+    made.rename(path)  # whoever waits for it reads all of it
 
 
 def ended_of(case: HandoffCase, side: str, rank: int, folder: Path) -> RankEnded | None:

@@ -19,7 +19,8 @@ from ringspan.kernels import pages
 
 SHARED_LIMIT_BYTES = 227 << 10
 
-SPILL_LIMIT_BYTES = 64
+SPILL_LIMIT_BYTES = 160
+"""int4 encode k spills 144 in 4 warps, and is faster so on an H200 than without any in 8."""
 SIZES = {
     "some": ((128, 128),),
     "all": ((32, 128), (64, 128), (128, 64), (128, 128), (256, 64)),
