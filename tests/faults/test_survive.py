@@ -48,10 +48,8 @@ def test_six_ranks_on_three_hosts_store_what_one_process_does(calm: Run, tmp_pat
     assert pages == calm.of("done")[0]["pages"]
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(f, marks=[] if f == "rank-30" else pytest.mark.slow) for f in FAULTS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_changes_no_bit(
     fault: str, hosts: Hosts, given: dict[str, object], calm: Run, tmp_path: Path
 ) -> None:
