@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ringspan.cluster.messages import GangSpec
 from ringspan.cluster.namespaces import Hosts, why_not
 from ringspan.errors import RingspanError
 
@@ -61,7 +62,7 @@ class Run:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--needles", type=int, default=8)
+    parser.add_argument("--needles", type=int, default=8, help="0: a text, for other models")
     parser.add_argument(
         "--model", default="retriever", help="a name of --model of ringspan prefill"
     )
@@ -165,7 +166,7 @@ def strike(hosts: Hosts, fault: str, found: Run) -> None:
 def row_of(fault: str, found: Run, calm: Run) -> dict[str, Any]:
     done, best = found.of("done")[0], calm.of("done")[0]
     paused, resumed = found.of("paused"), found.of("resumed")
-    same = done["pages"] == best["pages"]
+    same = done["pages"] == best["pages"] and done["answers"] == best["answers"]
     recomputed = sum(line["recomputed_tokens"] for line in resumed)
     after = [line["at_s"] for line in found.of("progress") if line["at_s"] > found.fault_s]
     row = {
@@ -214,7 +215,7 @@ def drive(given: dict[str, Any]) -> int:
     from ringspan.attention.models.needles import plant
     from ringspan.cluster.controller import Controller
     from ringspan.cluster.events import PauseEvent, PrefillPaused, PrefillProgress
-    from ringspan.cluster.messages import GangSpec, ModelSpec
+    from ringspan.cluster.messages import ModelSpec
     from ringspan.cluster.planner import PrefillOptions
     from ringspan.cluster.ray_cluster import connect
     from ringspan.cluster.ray_gang import RayGang
@@ -239,8 +240,9 @@ def drive(given: dict[str, Any]) -> int:
                 restored_pages=event.restored_pages,
             )
 
-    haystack = plant(given["tokens"], given["needles"], 7)
     spec = GangSpec(world_size=RANKS, model=ModelSpec(name=given["model"]), device="cpu", threads=1)
+    haystack = plant(given["tokens"], given["needles"], 7) if given["needles"] else None
+    token_ids = haystack.token_ids if haystack else _text(spec, given["tokens"])
     page_tokens = 128
     chunk = -(-given["tokens"] // CHUNK_ROUNDS // page_tokens) * page_tokens
     store = Store(given["store"])
@@ -248,27 +250,43 @@ def drive(given: dict[str, Any]) -> int:
         say("ready", ranks=[(ready.host, ready.pid) for ready in gang.ready])
         controller = Controller(gang, store)
         done = controller.prefill(
-            haystack.token_ids,
+            token_ids,
             PrefillOptions(chunk_tokens=chunk),
             on_event=progress,
             on_pause=pause,
         )
-        answers = []
-        for key in haystack.keys:
+        answers: list[int] = []
+        for key in haystack.keys if haystack else token_ids[:1]:
             session = controller.begin_session(done.context_id)
-            [answer] = controller.ask(session, done.context_id, (int(key),), max_tokens=1)
-            answers.append(answer.token_id)
+            said = controller.ask(
+                session, done.context_id, (int(key),), max_tokens=1 if haystack else 8
+            )
+            answers += [answer.token_id for answer in said]
             controller.end_session(session)
     manifest = store.manifest(done.context_id)
     say(
         "done",
         pages=[page.xxh3 for page in manifest.pages],
-        found=int(np.sum(np.asarray(answers) == haystack.values)),
+        found=int(np.sum(np.asarray(answers) == haystack.values)) if haystack else 0,
+        answers=answers,
         planted=given["needles"],
         chunk_tokens=done.plan.chunk_tokens,
         prefill_s=done.timings.prefill_s,
     )
     return 0
+
+
+def _text(spec: GangSpec, tokens: int) -> np.ndarray:
+    """The beginning of a module of Python's own, as the model's tokens."""
+    from ringspan.deploy.checks import check_model
+    from ringspan.deploy.inputs import gather
+    from ringspan.deploy.tokenise import prepare
+
+    source = [argparse.__file__]
+    inputs = gather(source, [])
+    return prepare(
+        inputs, source, spec.model, check_model(spec), plain=True, limit_tokens=tokens
+    ).token_ids
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
