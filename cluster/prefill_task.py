@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -66,6 +67,17 @@ MOST_FAULTS = 2
 them, and the last error is told."""
 
 
+class Interlude(Protocol):
+    """Work of others, which a prefill lets in between two of its chunks."""
+
+    def wanted(self) -> bool:
+        """There is some; asked before each chunk."""
+
+    def play(self) -> None:
+        """Do it. No chunk is under way, the pages of those before are kept, and the gang is the
+        other work's until this returns. RankLost counts as the prefill's own."""
+
+
 @dataclass(frozen=True)
 class Wishes:
     """What a caller wants of a prefill beside its plan."""
@@ -74,6 +86,7 @@ class Wishes:
     on_event: OnEvent = ignore_event
     on_pause: OnPause = ignore_pause
     cancelled: IsCancelled = never
+    interlude: Interlude | None = None
 
 
 class PrefillTask:
@@ -187,12 +200,18 @@ class PrefillTask:
                 self._go_on_after(error, run)
 
     def _run_chunks_once(self, run: PrefillRun) -> None:
-        """Chunk after chunk, the next one always submitted before the last one is waited for."""
+        """Chunk after chunk, the next one submitted before the last one is waited for, unless
+        others are to be let in between."""
         plan, num_chunks = self.plan, len(self.plan.chunks)
+        interlude = self._wishes.interlude
         asked: deque[Pending] = deque()
         self._submitted = self._chunk
         while self._chunk < num_chunks:
             while self._submitted < num_chunks and len(asked) < CHUNKS_AHEAD:
+                if interlude is not None and interlude.wanted():
+                    if asked:
+                        break
+                    interlude.play()
                 if self._wishes.cancelled():
                     raise Cancelled(
                         f"prefill of context {plan.context_id} was cancelled after {self._chunk} "

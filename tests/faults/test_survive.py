@@ -33,6 +33,7 @@ def calm(hosts: Hosts, given: dict[str, object], tmp_path_factory: pytest.TempPa
     return one_run(hosts, "none", {**given, "store": str(store)})
 
 
+@pytest.mark.slow
 def test_six_ranks_on_three_hosts_store_what_one_process_does(calm: Run, tmp_path: Path) -> None:
     ranks = calm.of("ready")[0]["ranks"]
     assert len(ranks) == RANKS
