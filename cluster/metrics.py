@@ -59,6 +59,10 @@ class Metrics:
         self._faults = self._counter("faults", "Ranks that were lost in prefills")
         self._recomputed = self._counter("recomputed_tokens", "Computed again after a fault")
         self._pause_s = self._histogram("pause_seconds", "From a fault to going on", PREFILL_S)
+        self._pace = self._gauge(
+            "rank_pace_ratio", "A rank's busy time a token over the median rank's", "rank"
+        )
+        self._slow = self._gauge("slow_ranks", "Ranks that hold up the prefill under way")
         self._answers = self._counter("answers", "Answers that ended", "outcome")
         self._generated = self._counter("generated_tokens", "Tokens of answers")
         self._ttft_s = self._histogram("time_to_first_token_seconds", "TTFT", FIRST_TOKEN_S)
@@ -99,6 +103,12 @@ class Metrics:
             self._faults.inc(len(event.replaced))
             self._recomputed.inc(event.recomputed_tokens)
             self._pause_s.observe(event.pause_s)
+
+    def paces(self, ratios: Mapping[int, float], slow: int) -> None:
+        """Of the last chunk, by rank, and how many ranks count as slow; see `slow.SlowRanks`."""
+        for rank, ratio in ratios.items():
+            self._pace.labels(str(rank)).set(ratio)
+        self._slow.set(slow)
 
     def prefill_ended(self, done: PrefillDone) -> None:
         self._forget(done.context_id)

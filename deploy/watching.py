@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from ringspan.cluster.events import PauseEvent, PrefillDone, PrefillProgress
     from ringspan.cluster.messages import PrefillPlan, RankReady
 
+log = logging.getLogger(__name__)
+
 
 class Watching:
     """One prefill's onlookers. trace, metrics, decisions: files to write, or None."""
@@ -29,10 +32,12 @@ class Watching:
         reporter: Reporter | None,
     ) -> None:
         from ringspan.cluster.metrics import DecisionLog, Metrics
+        from ringspan.cluster.slow import SlowRanks
         from ringspan.cluster.trace import PrefillTrace
 
         self._trace_path, self._metrics_path = trace, metrics
         self._trace, self.metrics, self._reporter = PrefillTrace(), Metrics(), reporter
+        self._slow = SlowRanks()
         self._log = None if decisions is None else DecisionLog(decisions, metrics=self.metrics)
 
     def planned(self, plan: PrefillPlan) -> None:
@@ -44,8 +49,22 @@ class Watching:
     def on_event(self, event: PrefillProgress) -> None:
         self._trace.on_progress(event)
         self.metrics.prefill_progress(event)
+        self._paces(event)
         if self._reporter is not None:
             self._reporter.on_progress(event)
+
+    def _paces(self, event: PrefillProgress) -> None:
+        """A rank that holds up the others is told by name: a gang's own pace does not show it."""
+        changed = self._slow.add(event.ranks)
+        self.metrics.paces(self._slow.ratios, len(self._slow.slow))
+        for rank in changed:
+            if rank.rank in self._slow.slow:
+                log.warning(
+                    "rank %d is slow: busy %.1f times as long a token as the median rank, in chunk "
+                    "%d of context %s", rank.rank, rank.ratio, rank.chunk_index, event.context_id
+                )  # fmt: skip
+            if self._log is not None:
+                self._log.write("slow", event.context_id, rank._asdict())
 
     def on_pause(self, event: PauseEvent) -> None:
         self._trace.on_pause(event)
