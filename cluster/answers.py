@@ -32,7 +32,13 @@ from ringspan.cluster.device import on_device
 from ringspan.cluster.messages import AnswerRequest, LongTurn, TokenChunk, TokenChunks
 from ringspan.cluster.prefills import Contexts
 from ringspan.cluster.runtime import Runtime
-from ringspan.cluster.sampling import Sampler, greedy_tokens, next_tokens
+from ringspan.cluster.sampling import (
+    Logprobs,
+    Sampler,
+    greedy_tokens,
+    logprobs_of,
+    next_tokens,
+)
 from ringspan.cluster.tails import Tail, TailBlock, rows_of_tails
 from ringspan.errors import BadInput, TooLarge
 from ringspan.types import Span, page_tokens_for, total_tokens
@@ -53,6 +59,8 @@ class _Session:
     """What lies behind it in the tail is of a turn that failed, and not there."""
     unseen: tuple[int, ...] = ()
     """Generated last, not yet taken through the model."""
+    turn: _Turn | None = None
+    """The last one; a slice of it may follow as long as it is not done."""
 
 
 class _Turn:
@@ -63,6 +71,15 @@ class _Turn:
         self.sampler = Sampler(request)
         self.count = 0
         self.done = False
+        self.slice(request.slice_tokens)
+
+    def slice(self, tokens: int) -> None:
+        """So many more now, then it rests; 0: all of them."""
+        self.until = self.count + tokens if tokens else self.request.max_tokens
+
+    @property
+    def rests(self) -> bool:
+        return self.done or self.count >= self.until
 
     @property
     def left(self) -> int:
@@ -74,7 +91,9 @@ class _Turn:
         """Of the question, and the one before it that was not seen yet."""
         return (*self.session.unseen, *self.request.token_ids)
 
-    def take(self, token: int, long_turn: LongTurn | None = None) -> TokenChunk:
+    def take(
+        self, token: int, told: Logprobs | None, long_turn: LongTurn | None = None
+    ) -> TokenChunk:
         """The answer's next token."""
         request, index = self.request, self.count
         reason = None
@@ -82,14 +101,39 @@ class _Turn:
             reason = "stop"  # the token ends the turn; a next turn brings its own
         elif index + 1 == request.max_tokens:
             reason = "length"
-        self.count, self.done = index + 1, reason is not None
+        self.count = self.sampler.told = index + 1
+        self.done = reason is not None
         self.session.unseen = () if reason == "stop" else (token,)
         return TokenChunk(
             session_id=request.session_id,
             index=index,
             token_id=token,
             finish_reason=reason,
+            logprob=None if told is None else told.logprob,
+            top=() if told is None else told.top,
             long_turn=long_turn,
+        )
+
+
+class _Step:
+    """A step of decoding, and whose tokens it brings; kept from slice to slice of the same turns,
+    so that a captured step is captured once."""
+
+    def __init__(self, turns: list[_Turn], decoding: Decoding) -> None:
+        self.turns, self.decoding = turns, decoding
+        self.block = turns[0].session.tail.block
+        self.intact = True
+        """Every turn that is not done stands where the step has it."""
+
+    def carries(self, turns: list[_Turn]) -> bool:
+        """These and no others, where they lie now."""
+        going = [turn for turn in self.turns if not turn.done]
+        return (
+            self.intact
+            and len(going) == len(turns)
+            and 2 * len(going) > len(self.turns)
+            and all(any(one is turn for turn in turns) for one in going)
+            and all(turn.session.tail.block is self.block for turn in turns)
         )
 
 
@@ -109,11 +153,18 @@ class Answers:
         self._runtime, self._contexts = runtime, contexts
         self._sessions: dict[str, _Session] = {}
         self._blocks = itertools.count()
+        self._kept: _Step | None = None
+        """Of the last slice."""
 
     def end(self, session_id: str) -> None:
         session = self._sessions.pop(session_id, None)
         if session is not None:
             session.tail.block.leave()
+            kept = self._kept
+            if kept is not None and not any(
+                one.tail.block is kept.block for one in self._sessions.values()
+            ):
+                self._kept = None
 
     def end_all_on(self, context_id: str) -> None:
         for session_id, session in list(self._sessions.items()):
@@ -133,56 +184,91 @@ class Answers:
         """Several sessions' answers: first the questions, short ones together, then a token of
         every session with each step, those of one context sweeping its keys once. A session's
         tokens do not depend on the others but for rounding: a row of a larger matrix product may
-        be summed in another order."""
+        be summed in another order. Requests of slices stop there, and go on in a later call,
+        together or apart, with whoever is asked along."""
         for at in range(0, len(requests), MAX_TOGETHER):
             yield from self._generate(requests[at : at + MAX_TOGETHER])
 
     def _generate(self, requests: tuple[AnswerRequest, ...]) -> Iterator[TokenChunks]:
         for request in requests:
-            if not request.token_ids:
+            if not request.token_ids and not request.goes_on:
                 raise BadInput(f"session {request.session_id}: a question needs at least one token")
         if len({request.session_id for request in requests}) < len(requests):
             raise BadInput("a session was asked twice at once; ask it one question after the other")
-        turns = [_Turn(r, s) for r, s in zip(requests, self._room(requests), strict=True)]
-        short = [turn for turn in turns if len(turn.tokens) <= SHORT_QUESTION]
+        going = [self._going(request) for request in requests]
+        turns = []
+        for request, session, turn in zip(requests, self._room(requests), going, strict=True):
+            if turn is None:
+                turn = session.turn = _Turn(request, session)
+            else:
+                turn.slice(request.slice_tokens)
+            turns.append(turn)
+        short = [turn for turn in turns if not turn.count and len(turn.tokens) <= SHORT_QUESTION]
         if len(short) > 1:
             for some in _batches(sorted(short, key=lambda turn: turn.session.context_id)):
                 yield self._first_tokens(some)
         for turn in turns:
             if not turn.count:
                 logits, long_turn = self._question(turn.session, turn.request)
-                [token] = self._chosen([turn], logits[None])
-                yield TokenChunks(chunks=(turn.take(token, long_turn),))
-        while turns := [turn for turn in turns if not turn.done]:
+                yield TokenChunks(chunks=self._chosen([turn], logits[None], long_turn))
+        while turns := [turn for turn in turns if not turn.rests]:
             yield from self._decode(turns)
+
+    def _going(self, request: AnswerRequest) -> _Turn | None:
+        """The turn that the request goes on with."""
+        if not request.goes_on:
+            return None
+        session = self._sessions.get(request.session_id)
+        if session is None or session.turn is None or session.turn.done:
+            raise BadInput(
+                f"session {request.session_id} has no answer to go on with; ask it again"
+            )
+        return session.turn
 
     def _decode(self, turns: list[_Turn]) -> Iterator[TokenChunks]:
         """Until half of the turns are done: then the rest goes on in a smaller step."""
-        turns = sorted(turns, key=lambda turn: turn.session.context_id)
-        decoding = self._decoding(turns)
+        step = self._kept
+        if step is None or not step.carries(turns):
+            turns = sorted(turns, key=lambda turn: turn.session.context_id)
+            self._kept = step = _Step(turns, self._decoding(turns))
+        turns, decoding = step.turns, step.decoding
         while 2 * sum(not turn.done for turn in turns) > len(turns):
+            if all(turn.rests for turn in turns):
+                return
             self._check_open(turns)
+            step.intact = False  # unless this one comes to its end
             logits, greedy = decoding.step()
-            going = [None if turn.done else turn for turn in turns]
+            going = [None if turn.rests else turn for turn in turns]
             for turn in going:
                 if turn is not None:
                     self._moved(turn)
             samplers = [None if turn is None else turn.sampler for turn in going]
+            drawn = not all(sampler is None or sampler.greedy for sampler in samplers)
             tokens = next_tokens(samplers, logits, greedy, self._runtime.transport)
+            told = logprobs_of(
+                logits, tokens, [0 if turn is None else turn.request.logprobs for turn in going]
+            )
             chunks = tuple(
-                turn.take(token)
-                for turn, token in zip(going, tokens, strict=True)
+                turn.take(token, what)
+                for turn, token, what in zip(going, tokens, told, strict=True)
                 if turn is not None
             )
-            if not all(sampler is None or sampler.greedy for sampler in samplers):
+            if drawn:
                 decoding.draw(tokens)
-            decoding.rest([row for row, turn in enumerate(going) if turn is not None and turn.done])
+            step.intact = len({turn.rests for turn in turns if not turn.done}) <= 1
+            decoding.rest(
+                [
+                    row
+                    for row, turn in enumerate(going)
+                    if turn is not None and (turn.done or (turn.rests and not step.intact))
+                ]
+            )
             yield TokenChunks(chunks=chunks)
 
     def _check_open(self, turns: list[_Turn]) -> None:
         for turn in turns:
             name = turn.request.session_id
-            if not turn.done and self._sessions.get(name) is not turn.session:
+            if not turn.rests and self._sessions.get(name) is not turn.session:
                 raise BadInput(f"session {name} was ended while it was answered; begin a new one")
 
     def _decoding(self, turns: list[_Turn]) -> Decoding:
@@ -224,10 +310,7 @@ class Answers:
         for turn, span in zip(turns, spans, strict=True):
             turn.session.tail.reserve(self._owned(span))
             turn.session.next_position, turn.session.unseen = span.stop, ()
-        tokens = self._chosen(turns, logits.float())
-        return TokenChunks(
-            chunks=tuple(turn.take(token) for turn, token in zip(turns, tokens, strict=True))
-        )
+        return TokenChunks(chunks=self._chosen(turns, logits.float()))
 
     def _standing(self, rows: list[_Session]) -> tuple[list[Shared], TailRows]:
         """What the rows of a step attend to: contexts, those of one being neighbours, and tails."""
@@ -248,10 +331,17 @@ class Answers:
         session.tail.reserve(self._owned(at))
         session.next_position, session.unseen = at.stop, ()
 
-    def _chosen(self, turns: list[_Turn], logits: torch.Tensor) -> list[int]:
+    def _chosen(
+        self, turns: list[_Turn], logits: torch.Tensor, long_turn: LongTurn | None = None
+    ) -> tuple[TokenChunk, ...]:
         transport = self._runtime.transport
         samplers = [turn.sampler for turn in turns]
-        return next_tokens(samplers, logits, greedy_tokens(logits, transport), transport)
+        tokens = next_tokens(samplers, logits, greedy_tokens(logits, transport), transport)
+        told = logprobs_of(logits, tokens, [turn.request.logprobs for turn in turns])
+        return tuple(
+            turn.take(token, what, long_turn)
+            for turn, token, what in zip(turns, tokens, told, strict=True)
+        )
 
     def _owned(self, span: Span) -> tuple[Span, ...]:
         """What this rank keeps of new tail positions."""
@@ -300,7 +390,10 @@ class Answers:
         """The position behind all that the request may add. TooLarge beyond the model's."""
         facts = self._runtime.facts
         unseen = len(session.unseen) if session else 0
-        stop = now + unseen + len(request.token_ids) + request.max_tokens
+        left = request.max_tokens
+        if request.goes_on and session is not None and session.turn is not None:
+            left = session.turn.left
+        stop = now + unseen + len(request.token_ids) + left
         if stop > facts.max_positions:
             raise TooLarge(
                 f"position {stop} is beyond the {facts.max_positions} of {facts.name}: fewer "

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
+import msgspec
+
 from ringspan.attention.tail import LONG_TURN_TOKENS
 from ringspan.cluster.events import IsCancelled, never
 from ringspan.cluster.gang import Gang
@@ -32,6 +34,10 @@ class Question(NamedTuple):
     seed: int | None = None
     """Of sampling; None takes a fresh one."""
     stop_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    """Until there are so many no stop id is chosen."""
+    logprobs: int = 0
+    """Alternatives told with each token; 0: none, and no logprob."""
 
 
 def ask_many(
@@ -53,16 +59,17 @@ def ask_many(
         raise BadInput("no question was asked; wanted at least one")
     if len({question.session_id for question in questions}) < len(questions):
         raise BadInput("two questions to one session; ask the second when the first is answered")
-    requests = tuple(_request(sessions, held, schemes, question) for question in questions)
+    requests = tuple(request_of(sessions, held, schemes, question) for question in questions)
     return _answers(gang, requests, cancelled)
 
 
-def _request(
+def request_of(
     sessions: Sessions,
     held: Callable[[str], ContextHandle],
     schemes: SchemeChoices,
     question: Question,
 ) -> AnswerRequest:
+    """What the ranks are told. BadInput, UnknownName."""
     handle = held(question.context_id)
     sessions.resume(question.session_id, handle.context_id)
     if question.max_tokens < 1:
@@ -81,7 +88,34 @@ def _request(
         seed=secrets.randbits(31) if question.seed is None else question.seed,
         stop_ids=question.stop_ids,
         scheme=scheme,
+        min_tokens=question.min_tokens,
+        logprobs=question.logprobs,
     )
+
+
+def next_slice(
+    gang: Gang, requests: Sequence[AnswerRequest], tokens: int
+) -> Iterator[tuple[TokenChunk, ...]]:
+    """So many more tokens of every answer, one of each a step; each says what it says unsliced.
+
+    Take all of it: what a step brought and nobody took is lost to the client. requests: of answers
+    on their way; an answer that was given none yet begins with its question, which may take long.
+    """
+    sliced = tuple(msgspec.structs.replace(one, slice_tokens=tokens) for one in requests)
+    longest = max(len(request.token_ids) for request in requests)
+    steps = gang.stream(
+        "generate_together",
+        sliced,
+        timeout_s=TOKEN_TIMEOUT_S * (1 + longest // TOKENS_A_TIMEOUT),
+        what=f"answers of {len(requests)} sessions",
+    )
+    for step in cast("Iterator[TokenChunks]", steps):  # gangs stream whatever the method yields
+        yield step.chunks
+
+
+def going_on(request: AnswerRequest) -> AnswerRequest:
+    """For the slices behind the first one."""
+    return msgspec.structs.replace(request, token_ids=(), goes_on=True)
 
 
 def _answers(

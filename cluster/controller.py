@@ -14,13 +14,20 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import msgspec
 import numpy as np
 import torch
 
 from ringspan.attention.tail import LONG_TURN_TOKENS
-from ringspan.cluster.batched import TOKEN_TIMEOUT_S, TOKENS_A_TIMEOUT, Question, ask_many
+from ringspan.cluster.batched import (
+    TOKEN_TIMEOUT_S,
+    TOKENS_A_TIMEOUT,
+    Question,
+    ask_many,
+    request_of,
+)
 from ringspan.cluster.events import (
     IsCancelled,
     OnEvent,
@@ -48,7 +55,7 @@ from ringspan.cluster.planner import (
     plan_prefill,
     with_prediction,
 )
-from ringspan.cluster.prefill_task import DISK_TIMEOUT_S, PrefillTask, Wishes
+from ringspan.cluster.prefill_task import DISK_TIMEOUT_S, Interlude, PrefillTask, Wishes
 from ringspan.cluster.reading import Reading
 from ringspan.cluster.scheme_choices import SchemeChoices
 from ringspan.cluster.session import ContextHandle, Prefix, Sessions, form_of, longest_prefix
@@ -68,6 +75,8 @@ from ringspan.kvstore.forms import second_form
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
 from ringspan.kvstore.manifest import Manifest
 from ringspan.kvstore.page import Origin, PageForm
+from ringspan.kvstore.prefixes import Leading
+from ringspan.kvstore.records import Tier
 from ringspan.kvstore.tiers.counters import added
 from ringspan.kvstore.transcode import recoded_form, recoded_origin
 
@@ -80,6 +89,20 @@ def _as_opened(manifest: Manifest, codec_name: str) -> tuple[PageForm, Origin]:
         return manifest.form, manifest.origin
     form = recoded_form(manifest.form, codec_name, f"context {manifest.context_id}")
     return form, recoded_origin(manifest.origin, manifest.form)
+
+
+class _OnGang:
+    """Of what a controller knows, the contexts that its gang holds."""
+
+    def __init__(self, known: Known) -> None:
+        self._known = known
+
+    def leading(self, keys: Sequence[str], form: PageForm, lowest: Fidelity = ANY) -> list[Leading]:
+        rows = self._known.leading(keys, form, lowest)
+        return [row for row in rows if row.shelf.tier is Tier.GPU]
+
+    def manifest(self, context_id: str) -> Manifest | None:
+        return None
 
 
 class Controller:
@@ -103,11 +126,30 @@ class Controller:
         self._contexts: dict[str, ContextHandle] = {}
         self._sessions = Sessions()
         self._schemes = SchemeChoices(gang)
+        self.mends_itself = False
+        """A lost gang is left for the owner to `mend`; otherwise it is closed once a prefill or an
+        opening has failed."""
+        self._left_over: set[str] = set()
+        """Given up while the gang was lost: ranks that live on may hold something of them."""
 
     def beside(self, namespace: bytes) -> Controller:
         """One for another namespace, over the same gang, store and directory. Close one of them:
         that ends the gang."""
-        return Controller(self._gang, self._store, directory=self._directory, namespace=namespace)
+        other = Controller(self._gang, self._store, directory=self._directory, namespace=namespace)
+        other.mends_itself = self.mends_itself
+        return other
+
+    @property
+    def gang(self) -> Gang:
+        return self._gang
+
+    @property
+    def store(self) -> Store | None:
+        return self._store
+
+    def stored(self) -> list[Manifest]:
+        """Contexts of this namespace in the store, by id."""
+        return self._known.stored()
 
     @property
     def facts(self) -> ModelFacts:
@@ -148,12 +190,15 @@ class Controller:
         cancelled: IsCancelled = never,
         again: bool = False,
         reuse: bool = True,
+        save: bool = True,
+        interlude: Interlude | None = None,
     ) -> PrefillDone:
         """Take the tokens (int32 [n]) through the model and keep their KV, on the gang and, if
         there is a store, in it. A context that the store has with this codec is not computed again
         unless `again`. Where the gang or the store has a context that begins with the same pages,
         only what is new is computed, unless `again` or not `reuse`; the plan that comes back says
-        how much.
+        how much. Without `save` only the gang keeps it, and only what the gang holds is built upon.
+        interlude: work of others, let in between two chunks.
 
         Raises before any work what can be known before (see `plan`; StoreError for want of room),
         InUse for a context that is being read and would be computed anew. While it runs a lost rank
@@ -174,16 +219,15 @@ class Controller:
                 kv_bytes=stored.payload_bytes,
                 timings=PrefillTimings(plan_s=time.perf_counter() - began),
             )
-        if self._store is not None:
-            self._store.check_room(
-                store_bytes(plan, kv_bytes(plan, self.facts), self._gang.world_size)
-            )
+        store = self._store if save else None
+        if store is not None:
+            store.check_room(store_bytes(plan, kv_bytes(plan, self.facts), self._gang.world_size))
         self._let_go(plan.context_id)
         write = self._known.begin(plan.context_id, keys, plan.num_tokens)
         try:
-            prefix = self._prefix(plan, options, keys) if reuse and not again else None
-            wishes = Wishes(description or Description(), on_event, on_pause, cancelled)
-            done = self._prefill(plan, prefix, token_ids, wishes, began)
+            prefix = self._prefix(plan, options, keys, save) if reuse and not again else None
+            wishes = Wishes(description or Description(), on_event, on_pause, cancelled, interlude)
+            done = self._prefill(plan, prefix, token_ids, wishes, began, store)
             form, kept = form_of(plan, self.facts), self._contexts[plan.context_id].fidelity
             self._known.arrived(write, plan.context_id, keys, form, kept, done.kv_bytes)
         except BaseException as error:
@@ -200,12 +244,13 @@ class Controller:
         token_ids: np.ndarray,
         wishes: Wishes,
         began: float,
+        store: Store | None,
     ) -> PrefillDone:
         name = plan.context_id
         kept = self._codec_fidelity(plan.codec)
         task = PrefillTask(
             self._gang,
-            self._store,
+            store,
             self._known,
             self._namespace,
             plan,
@@ -414,6 +459,30 @@ class Controller:
                 what=f"ending session {session_id}",
             )
 
+    def request(self, question: Question) -> AnswerRequest:
+        """For `batched.next_slice`, under a `reading` of its context; BadInput, UnknownName."""
+        return request_of(self._sessions, self._held, self._schemes, question)
+
+    def planned(
+        self, token_ids: np.ndarray, options: PrefillOptions
+    ) -> tuple[PrefillPlan, tuple[str, ...]]:
+        """`plan`, and the keys of the pages, for `known_tokens`. Any thread may ask."""
+        return self._plan(np.ascontiguousarray(token_ids, dtype=np.int32), options)
+
+    def known_tokens(
+        self, plan: PrefillPlan, keys: Sequence[str], options: PrefillOptions, save: bool
+    ) -> int:
+        """Tokens of the plan that `prefill` would not compute."""
+        if plan.context_id in self._contexts or self._stored(plan, options) is not None:
+            return plan.num_tokens
+        prefix = self._prefix(plan, options, keys, save)
+        return 0 if prefix is None else prefix.plan.reused_tokens
+
+    def mended(self) -> None:
+        """Ranks were lost and replaced, by whoever works on the same gang: contexts had a share on
+        them, so the gang holds none of them any more, and their sessions have ended."""
+        self._forget_others("")
+
     def close(self) -> None:
         """Ends the gang. May be repeated."""
         self._known.close()
@@ -424,11 +493,13 @@ class Controller:
     # helpers
 
     def _prefix(
-        self, plan: PrefillPlan, asked: PrefillOptions, keys: Sequence[str]
+        self, plan: PrefillPlan, asked: PrefillOptions, keys: Sequence[str], stored: bool = True
     ) -> Prefix | None:
-        """What need not be computed, and the plan for the rest."""
+        """What need not be computed, and the plan for the rest; not `stored`: only of contexts
+        that the gang holds."""
         lowest = fidelity_named(asked.lowest_fidelity) if asked.lowest_fidelity else ANY
-        prefix = longest_prefix(plan, keys, form_of(plan, self.facts), self._known, lowest)
+        known = self._known if stored else cast("Known", _OnGang(self._known))
+        prefix = longest_prefix(plan, keys, form_of(plan, self.facts), known, lowest)
         if prefix is None:
             return None
         onto = prefix.plan
@@ -486,15 +557,24 @@ class Controller:
             del self._contexts[other]
             self._known.sessions_ended(self._sessions.end_all_on(other))
             self._known.lose(other)
+            self._left_over.add(other)
+        while self._left_over:
+            other = self._left_over.pop()
+            if other == name:
+                continue
             what = f"dropping context {other}"
             self._gang.call("drop", other, timeout_s=TIDY_TIMEOUT_S, what=what)
 
     def _forget_quietly(self, name: str) -> None:
         """After a failure, whose error is the one to show."""
         self._contexts.pop(name, None)
+        self._known.sessions_ended(self._sessions.end_all_on(name))
         self._known.lose(name)
         if self._gang.lost:
-            self._gang.close()
+            if self.mends_itself:
+                self._left_over.add(name)
+            else:
+                self._gang.close()
             return
         try:
             self._gang.call("drop", name, timeout_s=TIDY_TIMEOUT_S, what=f"dropping context {name}")

@@ -273,6 +273,15 @@ class AnswerRequest(Message, frozen=True, kw_only=True):
     """New tokens of one step of it, over all ranks; 0: `attention.tail.STEP_TOKENS` a rank."""
     audit_rows: int = 4
     """Rows of each rank that are computed again in fp32, at one layer of every step; 0: none."""
+    min_tokens: int = 0
+    """Until there are so many no stop id is chosen."""
+    logprobs: int = 0
+    """So many likeliest alternatives are told with each token, and its own logprob; 0: neither."""
+    slice_tokens: int = 0
+    """Tokens of the answer that are wanted now; the session keeps the rest of the turn, seed and
+    all, for a request that `goes_on`. 0: all."""
+    goes_on: bool = False
+    """With the turn of the session's last request, which is not done; it has no `token_ids`."""
 
 
 class TokenChunk(Message, frozen=True, kw_only=True):
@@ -283,6 +292,10 @@ class TokenChunk(Message, frozen=True, kw_only=True):
     token_id: int
     finish_reason: str | None = None
     """`stop` (a stop id; it is `token_id`), `length` (max_tokens reached)."""
+    logprob: float | None = None
+    """Natural log, of the model's own distribution, if it was asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """Likeliest tokens and their logprobs, if they were asked for."""
     long_turn: LongTurn | None = None
     """On the first token, if the question was dealt to the ranks."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,13 +19,24 @@ class Sampler:
     def __init__(self, request: AnswerRequest) -> None:
         self._request = request
         self._generator = torch.Generator("cpu").manual_seed(request.seed)
+        self.told = 0
+        """Tokens of the answer so far."""
 
     @property
     def greedy(self) -> bool:
-        return self._request.temperature <= 0.0
+        """The next token is the likeliest one, whichever that is."""
+        return self._request.temperature <= 0.0 and not self._forbidden
+
+    @property
+    def _forbidden(self) -> tuple[int, ...]:
+        return self._request.stop_ids if self.told < self._request.min_tokens else ()
 
     def draw(self, logits: torch.Tensor) -> int:
         """logits fp32 [vocabulary] -> token id."""
+        if self._forbidden:
+            logits = logits.index_fill(
+                0, torch.tensor(self._forbidden, device=logits.device), -math.inf
+            )
         return choose(logits, self._request.temperature, self._request.top_p, self._generator)
 
 
@@ -64,6 +76,34 @@ def next_tokens(
         collectives.broadcast(chosen, 0)
         tokens = chosen.tolist()
     return tokens
+
+
+class Logprobs(NamedTuple):
+    """Of one token that was chosen."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Likeliest tokens and theirs, the likeliest first."""
+
+
+def logprobs_of(
+    logits: torch.Tensor, tokens: Sequence[int], wanted: Sequence[int]
+) -> list[Logprobs | None]:
+    """logits fp32 [B, vocabulary] that the tokens were chosen from; wanted: alternatives of each
+    row, 0 where nothing is asked for. Of temperature 1, whatever the tokens were drawn with."""
+    rows = [row for row, count in enumerate(wanted) if count]
+    told: list[Logprobs | None] = [None] * len(wanted)
+    if not rows:
+        return told
+    logp = logits[rows].log_softmax(-1)
+    most = min(max(wanted), logits.shape[-1])
+    values, ids = logp.topk(most, -1)
+    chosen = logp.gather(1, torch.tensor([[tokens[row]] for row in rows], device=logp.device))
+    for row, own, top, who in zip(
+        rows, chosen[:, 0].tolist(), values.tolist(), ids.tolist(), strict=True
+    ):
+        told[row] = Logprobs(own, tuple(zip(who, top, strict=True))[: wanted[row]])
+    return told
 
 
 def choose(

@@ -20,6 +20,7 @@ from ringspan.deploy.commands.doctor import doctor
 from ringspan.deploy.commands.options import spread_inputs
 from ringspan.deploy.commands.plan import plan
 from ringspan.deploy.commands.prefill import prefill
+from ringspan.deploy.commands.serve import serve
 from ringspan.deploy.commands.simulate import simulate
 from ringspan.deploy.commands.status import status
 from ringspan.deploy.commands.trace import trace
@@ -37,6 +38,7 @@ app.command("prefill")(prefill)
 app.command("plan")(plan)
 app.command("simulate")(simulate)
 app.command("ask")(ask)
+app.command("serve")(serve)
 app.add_typer(contexts.app, name="contexts")
 app.command("doctor")(doctor)
 app.command("status")(status)

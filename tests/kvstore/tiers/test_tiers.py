@@ -217,7 +217,7 @@ def settled(tier, pages, until_s=10.0):
 def test_a_rank_killed_in_the_midst_of_a_put_leaves_nothing_visible(folder):
     tier = host_store.host_tier(folder, CAPACITY)
     body = """
-        tier._write = lambda place, head, page: (os.write(1, b"ready\n"), time.sleep(600))
+        tier._write = lambda place, head, page: (os.write(1, b"ready\\n"), time.sleep(600))
         tier.put(pages)
     """
     process = run_putter(folder, body)
@@ -234,7 +234,7 @@ def test_a_rank_killed_in_the_midst_of_a_put_leaves_nothing_visible(folder):
 
 def test_pages_outlive_the_rank_that_put_them(folder):
     tier = host_store.host_tier(folder, CAPACITY)
-    kill(run_putter(folder, 'tier.put(pages); os.write(1, b"ready\n"); time.sleep(600)'))
+    kill(run_putter(folder, 'tier.put(pages); os.write(1, b"ready\\n"); time.sleep(600)'))
     settled(tier, some_pages())
     tier.close()
 
@@ -246,7 +246,7 @@ def test_a_leased_page_is_kept_until_its_reader_is_done_or_dead(folder):
     form, records = form_id(pages[0].header.form, ORIGIN), records_of(pages)
     body = """
         reader = tier.reading(form_id(pages[0].header.form, ORIGIN), records_of(pages))
-        os.write(1, b"ready\n")
+        os.write(1, b"ready\\n")
         time.sleep(600)
     """
     process = run_putter(folder, body)
