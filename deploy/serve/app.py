@@ -22,7 +22,9 @@ from ringspan.deploy.serve.state import ServeState
 from ringspan.errors import RingspanError
 
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+PAGE_FILES = {"/": "index.html"} | {
+    f"/{name}": name for name in ("page.js", "page.css", "icon.svg")
+}
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
     "x-content-type-options": "nosniff",

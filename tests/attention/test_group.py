@@ -137,9 +137,10 @@ def _in_a_collective(transport, rank, folder, fate):
     if rank == 1:
         fate()
         return
+    # one that comes late finds two connections closed: of the dead one and of the first to notice
     _must_name(
         transport, rank, folder, lambda: transport.all_gather(x),
-        rf"^rank {rank} lost rank 1 in a collective: ",
+        rf"^rank {rank} lost rank (1|0 or 1|1 or 2) in a collective: ",
     )  # fmt: skip
 
 

@@ -139,8 +139,17 @@ def check_equals_single(model, world_size, n, question=7, num_more=64, combinati
     assert_same_greedy(generate(world, ranks, request), greedy, steps)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = {(family, 2) for family in FAMILIES} | {("llama", 1), ("llama", 4), ("gpt-oss", 4)}
+"""Families and world sizes; the others are slow together."""
+
+
+@pytest.mark.parametrize(
+    ("family", "world_size"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(FAMILIES, (1, 2, 3, 4))
+    ],
+)
 def test_distributed_equals_single(family, world_size):
     num_more = 32 if world_size == 2 else 8  # every rank computes every token of a tail
     check_equals_single(f"random:tiny-{family}", world_size, 645, num_more=num_more)

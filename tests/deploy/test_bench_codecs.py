@@ -171,6 +171,7 @@ def own_peers(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return asked(codecs=("int8",), margins=(1.0,), peers_python=Path(sys.executable))
 
 
+@pytest.mark.slow
 def test_peers_run_on_the_same_tokens(own_peers: Asked, token_ids: np.ndarray) -> None:
     rows = {(row.system, row.codec): row for row in bench_codecs(own_peers, token_ids)}
     exact, fp8 = rows["transformers", "transformers"], rows["transformers", "fp8"]

@@ -191,6 +191,7 @@ def test_the_doctor_measures_speeds(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # test_ray_gang.py has the quick ones
 def test_the_same_context_comes_out_of_a_ray_gang(
     here: Path, made: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

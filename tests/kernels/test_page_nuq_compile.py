@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # 45 s; the other formats' kernels compile in every run
 SHARED_LIMIT_BYTES = 227 << 10
 SPILL_LIMIT_BYTES = 64
 SIZES = {

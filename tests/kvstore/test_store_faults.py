@@ -37,18 +37,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_no_wrong_kv_is_served_and_no_context_is_lost_in_ten_thousand_faults():
+@pytest.mark.parametrize(
+    "faults", [FAULTS // 4, pytest.param(FAULTS, id="ten thousand", marks=pytest.mark.slow)]
+)
+def test_no_wrong_kv_is_served_and_no_context_is_lost(faults):
     kinds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for seed in SEEDS:
-        report = simulate(FAULTS, seed)
+        report = simulate(faults, seed)
         assert (report.wrong, report.lost) == (0, 0)
         assert 0 < report.repair_mean_s <= report.repair_max_s < 60.0
         kinds.update(report.faults)
         counts.update(report.counts)
-    assert kinds.total() >= 10_000
-    assert set(kinds) >= KINDS
-    assert counts["reads"] > 500
+    assert kinds.total() >= faults * len(SEEDS)
+    assert len(KINDS - set(kinds)) <= (0 if faults == FAULTS else 2)  # some are rare
+    assert counts["reads"] > faults // 5
     for became in ("refused", "repaired", "recomputed", "repaired by parity"):
         assert counts[became] > 0, became
 

@@ -223,6 +223,7 @@ async function ask() {
         model: state.model,
         messages: [{ role: "user", content: question }],
         max_completion_tokens: Number(at("most").value) || 128,
+        temperature: 0,
         stream: true,
         stream_options: { include_usage: true },
         ...(state.chosen ? { contexts: [state.chosen] } : {}),
