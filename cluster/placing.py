@@ -194,7 +194,8 @@ def _on(
     size = block.size
     start = block.free_at if block.prefills and block.free_at > now_s else now_s
     cached, move_s, moved, wire, source = 0, 0.0, 0.0, "raw", "none"
-    tokens = request.tokens + request.output_tokens
+    whole = request.tokens
+    tokens = whole + request.output_tokens
     if holding is not None:
         cached = min(holding.tokens, request.prefix_tokens)
         if holding.ready_s > start:
@@ -219,18 +220,23 @@ def _on(
             )
     elif request.prefix_tokens:
         source = "recompute"
-    needed = costs.kv_bytes(tokens) / size + state.would_pin(holding, block)
+    needed = tokens * costs.raw_bytes / size
+    if holding is not None:
+        needed += state.would_pin(holding, block)
     if needed > state.room(block):
         return None
-    cost = costs.prefill(max(request.tokens - cached, 1), cached, size)
+    new = whole - cached
+    cost = costs.prefill(new if new > 1 else 1, cached, size)
     busy = cost.seconds if cost.seconds > move_s else move_s  # pages come layer by layer
     if len(block.nodes) > 1:
         busy += FORM_S
+    end = start + busy
     waste = size * busy if block.sessions else 0.0  # for so long they do not decode
     for child in block.children:
-        waste += child.size * (start - max(now_s, child.free_at if child.prefills else now_s))
+        since = child.free_at if child.prefills and child.free_at > now_s else now_s
+        waste += child.size * (start - since)
     return Candidate(
-        block, source, holding, cached, start, start + busy, move_s, moved, wire, cost,
+        block, source, holding, cached, start, end, move_s, moved, wire, cost,
         size * busy + waste,
     )  # fmt: skip
 
@@ -238,7 +244,7 @@ def _on(
 def _stalls(one: Candidate, state: ClusterState) -> bool:
     """Whether sessions on the block would stand still for longer than they may."""
     block = one.block
-    return block.sessions > 0 and state.spare_s(block) < one.end_s - one.start_s
+    return block.sessions > 0 and state.stalls(block, one.end_s - one.start_s)
 
 
 def _choose(found: list[Candidate], due_s: float, state: ClusterState, rules: Rules) -> Candidate:
@@ -247,7 +253,10 @@ def _choose(found: list[Candidate], due_s: float, state: ClusterState, rules: Ru
     if len(found) == 1:
         return found[0]
     if not rules.soonest:
-        for one in sorted([one for one in found if one.end_s <= due_s], key=_by_cost):
+        in_time = [one for one in found if one.end_s <= due_s]
+        if len(in_time) > 1:
+            in_time.sort(key=_by_cost)
+        for one in in_time:
             if not (rules.spares and _stalls(one, state)):
                 return one
     found = sorted(found, key=_by_time)

@@ -62,6 +62,8 @@ class Costs:
     node_devices: int = 8
     host_bytes_per_s: float = HOST_COPY_BYTES_PER_S
     _known: dict[tuple[int, int, int], PrefillCost] = field(default_factory=dict)
+    _dense_s: dict[int, float] = field(default_factory=dict)
+    """Of a layer, by rows."""
 
     def __post_init__(self) -> None:
         facts, dtype = self.facts, getattr(torch, self.facts.dtype)
@@ -74,7 +76,10 @@ class Costs:
             name: encoded_bytes(codec(name), facts.num_layers, *shape, pages) / pages
             for name in ("raw", "int8", "int4")
         }
-        self.layer_kv = self.token_bytes["raw"] / max(facts.num_layers, 1)
+        self.raw_bytes = self.token_bytes["raw"]
+        self.layer_kv = self.raw_bytes / max(facts.num_layers, 1)
+        self._weights_s = self.weights_bytes / self.speeds.copy_bytes_per_s
+        self._layers_latency_s = facts.num_layers * self.link.latency_s
 
     def prefill(self, new_tokens: int, cached_tokens: int, ranks: int) -> PrefillCost:
         """Of new tokens behind cached ones that the gang holds. Lengths are rounded up by at most
@@ -93,13 +98,12 @@ class Costs:
 
     def step_s(self, ranks: int, kv_bytes_per_rank: float) -> float:
         """Of one token of every session of a batch; kv_bytes_per_rank: of all sessions together."""
-        speeds = self.speeds
-        read = self.weights_bytes / speeds.copy_bytes_per_s
-        read += kv_bytes_per_rank / speeds.scan_bytes_per_s
+        read = self._weights_s + kv_bytes_per_rank / self.speeds.scan_bytes_per_s
         if ranks == 1:
             return STEP_HOST_S + read
-        link = self.link if ranks <= self.node_devices else self.network
-        return STEP_HOST_S + read + self.facts.num_layers * link.latency_s
+        if ranks <= self.node_devices:
+            return STEP_HOST_S + read + self._layers_latency_s
+        return STEP_HOST_S + read + self.facts.num_layers * self.network.latency_s
 
     def kv_bytes(self, tokens: int, codec_name: str = "raw") -> float:
         return tokens * self.token_bytes[codec_name]
@@ -110,8 +114,8 @@ class Costs:
         """(seconds, codec on the wire, bytes) of pages between gangs of so many ranks. Encoded only
         where the loss is allowed and the link is slower than the codec."""
         link = self.link if near else self.network
-        ends = min(sources, targets)
-        raw = tokens * self.token_bytes["raw"]
+        ends = sources if sources < targets else targets
+        raw = tokens * self.raw_bytes
         best = (link.latency_s + raw / link.bytes_per_s / ends, "raw", raw)
         if allow_8_bit:
             sent = tokens * self.token_bytes["int8"]
@@ -147,7 +151,9 @@ class Costs:
         pages = -(-rows // (ranks * self.page_tokens))
         mine, keys = min(rows, pages * self.page_tokens), (before + rows) / ranks
         pairs = mine * (before + rows / 2)  # of the fullest rank
-        dense = speeds.dense_s(facts, mine) / layers
+        dense = self._dense_s.get(mine)
+        if dense is None:
+            dense = self._dense_s[mine] = speeds.dense_s(facts, mine) / layers
         heads = facts.num_q_heads
         if scheme == "ring":
             # Full rectangles on two streams: half waves; a rank's own block is causal.
@@ -175,5 +181,5 @@ def _rounded(tokens: int) -> int:
     """Up, to one of 32 steps an octave."""
     if tokens <= _OCTAVE_STEPS:
         return tokens
-    step = 1 << max(0, tokens.bit_length() - 1 - _OCTAVE_STEPS.bit_length() + 1)
-    return -(-tokens // step) * step
+    shift = tokens.bit_length() - _OCTAVE_STEPS.bit_length()
+    return -(-tokens >> shift) << shift

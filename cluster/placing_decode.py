@@ -100,19 +100,22 @@ def _on(
 ) -> Decode | None:
     if len(state.devices[block.first].sessions) >= MOST_SESSIONS:
         return None
-    size = block.size
-    own = costs.kv_bytes(request.tokens + request.output_tokens) / size
+    size, tokens, there = block.size, request.tokens, 0
+    own = (tokens + request.output_tokens) * costs.raw_bytes / size
     step = costs.step_s(size, state.read_bytes(block) + own)
     if step > limit:
         return None
-    there = min(holding.tokens, request.prefix_tokens) if holding is not None else 0
-    needed = own - (0.0 if request.keeps else costs.kv_bytes(there) / size)
-    needed += state.would_pin(holding, block)
-    if chosen.holding is not holding:
+    needed = own
+    if holding is not None:
+        there = min(holding.tokens, request.prefix_tokens)
+        if not request.keeps:
+            needed -= costs.kv_bytes(there) / size
+        needed += state.would_pin(holding, block)
+    if chosen.holding is not None and chosen.holding is not holding:
         needed += state.would_pin(chosen.holding, block)
     if needed > state.room(block):
         return None
-    moved_tokens = request.tokens - there
+    moved_tokens = tokens - there
     near = block.nodes[0] in chosen.block.nodes
     lossy = request.lowest_bits <= 8
     move_s, wire, moved = costs.move(moved_tokens, chosen.block.size, size, near, lossy)

@@ -99,10 +99,12 @@ class ClusterState:
         if block.size == 1:
             device = self.devices[block.first]
             return device.capacity_bytes - device.pinned_bytes
-        return min(
-            device.capacity_bytes - device.pinned_bytes
-            for device in self.devices[block.first : block.first + block.size]
-        )
+        least = float("inf")
+        for device in self.devices[block.first : block.first + block.size]:
+            free = device.capacity_bytes - device.pinned_bytes
+            if free < least:
+                least = free
+        return least
 
     def read_bytes(self, block: Block) -> float:
         """Of KV, by a token of all sessions, on the device that reads most."""
@@ -110,17 +112,19 @@ class ClusterState:
             return 0.0
         if block.size == 1:
             return self.devices[block.first].read_bytes
-        return max(
-            device.read_bytes for device in self.devices[block.first : block.first + block.size]
-        )
+        most = float("-inf")
+        for device in self.devices[block.first : block.first + block.size]:
+            if device.read_bytes > most:
+                most = device.read_bytes
+        return most
 
-    def spare_s(self, block: Block) -> float:
-        """How long every session on the block may still stand still."""
-        least = float("inf")
+    def stalls(self, block: Block, seconds: float) -> bool:
+        """Whether a session on the block may not stand still for so long."""
         for device in self.devices[block.first : block.first + block.size]:
             for session in device.sessions.values():
-                least = min(least, session.spare_s)
-        return least
+                if session.spare_s < seconds:
+                    return True
+        return False
 
     def would_pin(self, holding: Holding | None, block: Block) -> float:
         """Bytes of a device of the block that reading the holding would pin."""

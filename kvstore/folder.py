@@ -48,10 +48,19 @@ class Store:
     """The contexts in one folder, which need not exist yet. Raises `StoreError`, `UnknownName`.
 
     namespaces: whose contexts are seen; None: all, those of tenants locked (`Manifest.locked`).
+    quota_bytes: what the files of all contexts, of any namespace, may take; None: all of the disk.
     """
 
-    def __init__(self, root: Path | str, namespaces: Sequence[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        namespaces: Sequence[bytes] | None = None,
+        quota_bytes: int | None = None,
+    ) -> None:
+        if quota_bytes is not None and quota_bytes < 1:
+            raise BadInput(f"quota of {quota_bytes} bytes: wanted 1 or more, or none at all")
         self.namespaces = namespaces
+        self.quota_bytes = quota_bytes
         self._digests = None if namespaces is None else {namespace_digest(n) for n in namespaces}
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         staging.remove_stale(self.root / "staging")
@@ -60,7 +69,8 @@ class Store:
     # writing
 
     def check_room(self, need_bytes: int) -> None:
-        """The folder can be made and written and has room for so much, or `StoreError`."""
+        """The folder can be made and written and has room for so much within the quota, or
+        `StoreError`."""
         probe = self.root / "staging" / f"probe-{secrets.token_hex(4)}"
         try:
             (self.root / "contexts").mkdir(parents=True, exist_ok=True)
@@ -75,6 +85,33 @@ class Store:
                 f"the context needs {need_bytes / 1e9:.2f} GB in {self.root}, which has "
                 f"{free / 1e9:.2f} GB free: free space, use --codec int8 or another --store"
             )
+        self.check_quota(need_bytes)
+
+    def check_quota(self, need_bytes: int) -> None:
+        """So much more stays within the quota, or `StoreError`. Nothing is reserved: of contexts
+        that are written at once each counts only the bytes that the others have written so far.
+        """
+        if self.quota_bytes is None:
+            return
+        used = self.used_bytes()
+        if used + need_bytes > self.quota_bytes:
+            raise StoreError(
+                f"the context needs {need_bytes} bytes in {self.root}, whose contexts take {used} "
+                f"of a quota of {self.quota_bytes}: remove contexts, use --codec int8 or ask for a "
+                "larger quota"
+            )
+
+    def used_bytes(self) -> int:
+        """The sizes of all files of contexts, published or being written."""
+        used = 0
+        for part in ("contexts", "staging"):
+            for folder, _, names in os.walk(self.root / part):
+                for name in names:
+                    try:
+                        used += os.stat(os.path.join(folder, name)).st_size
+                    except FileNotFoundError:
+                        continue  # removed or published since it was listed
+        return used
 
     def stage(
         self, context_id: str, token_ids: np.ndarray, cipher: PageCipher | None = None

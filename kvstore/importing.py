@@ -273,6 +273,7 @@ class _Coming:
                 f"{self._reader.name}: the context needs {need / 1e9:.2f} GB in {store.root}, "
                 f"which has {free / 1e9:.2f} GB free: free space, or import it with --codec int8"
             )
+        store.check_quota(need)
 
     def page(self, index: int, record: Record) -> Page:
         """Page `index` of the context, verified in full. Raises `BadArchive`."""

@@ -167,7 +167,7 @@ def markdown(rows: Sequence[ServeRow]) -> str:
         lines.append(
             [
                 row.endpoint,
-                f"{row.prompt_tokens:,}",
+                f"{row.prompt_tokens:,}" if row.prompt_tokens else "not told",
                 f"{row.cold_first_token_s.median:.2f} s",
                 f"{row.warm_first_token_s.median:.3f} s",
                 f"1/{1 / row.warm_ratio:.0f}" if row.warm_ratio else "0",

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringspan.errors import BadInput, TooLarge
+from ringspan.errors import BadInput, StoreError, TooLarge
 from ringspan.kvstore.evict import (
     HALF_LIFE_S,
     Candidate,
@@ -16,6 +18,7 @@ from ringspan.kvstore.evict import (
     value,
     victims,
 )
+from ringspan.kvstore.folder import Store
 
 NOW_S = 10_000.0
 
@@ -135,3 +138,17 @@ def test_victims_free_enough_and_none_in_vain(
     worst = max((value(c, NOW_S) for c in going), default=0.0)
     staying = [c for c in found if c not in going and not c.in_use]
     assert all(value(c, NOW_S) >= worst for c in staying)
+
+
+def test_a_store_stays_within_its_quota(tmp_path: Path) -> None:
+    for folder, size in (("contexts/" + "a" * 16, 700), ("staging/" + "b" * 16 + "-1", 200)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "rank-0.seg").write_bytes(bytes(size))
+    store = Store(tmp_path, quota_bytes=1000)
+    assert store.used_bytes() == 900
+    store.check_room(100)
+    with pytest.raises(StoreError, match=r"needs 101 bytes .* take 900 of a quota of 1000: remove"):
+        store.check_room(101)
+    Store(tmp_path).check_room(101)
+    with pytest.raises(BadInput, match="quota of 0 bytes: wanted 1 or more"):
+        Store(tmp_path, quota_bytes=0)
