@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -55,10 +55,8 @@ def build_app(state: ServeState, closing: Callable[[], None] = lambda: None) -> 
             Route("/v1/completions", routes.completions, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),
-            Route("/v1/contexts", contexts.list_),
-            Route("/v1/contexts", contexts.make, methods=["POST"]),
-            Route("/v1/contexts/{id}", contexts.show),
-            Route("/v1/contexts/{id}", contexts.remove, methods=["DELETE"]),
+            _by_method("/v1/contexts", GET=contexts.list_, POST=contexts.make),
+            _by_method("/v1/contexts/{id}", GET=contexts.show, DELETE=contexts.remove),
             Route("/v1/contexts/{id}/verify", contexts.verify, methods=["POST"]),
             Route("/v1/requests", routes.request_views),
             Route("/v1/requests/{id}", routes.request_view),
@@ -79,6 +77,16 @@ def build_app(state: ServeState, closing: Callable[[], None] = lambda: None) -> 
     )
     app.state.serve = state
     return app
+
+
+def _by_method(path: str, **handlers: Callable[[Request], Awaitable[Response]]) -> Route:
+    """One route for all methods of a path: of several, a 405's `Allow` would name the first's."""
+
+    async def handle(request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        return await handlers[method](request)
+
+    return Route(path, handle, methods=list(handlers))
 
 
 def _page(file: Path) -> Callable[[Request], object]:

@@ -1,7 +1,9 @@
 """Bodies of requests, as the OpenAI API has them and vLLM widened them; also their JSON schemas.
 
-Fields that are not listed are ignored: clients send many. Fields that are listed but would change
-an answer in a way that this server cannot are refused, by `refuse_unsupported`.
+Fields of a chat or completion that are not listed are ignored: clients send many, and more with
+every release. Listed beside what is used are fields that change no answer (`user`, `metadata`, ...:
+taken, not looked at) and fields that are known to change it and that this server cannot follow:
+they are taken with the values that say nothing and refused with any other, by `refuse_unsupported`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,39 @@ Alternatives = Annotated[int, Meta(ge=0, le=20)]
 Priority = Annotated[int, Meta(ge=-100, le=100, description="Larger is later.")]
 Key = Annotated[str, Meta(max_length=256)]
 Name = Annotated[str, Meta(max_length=1024)]
+Idle = Annotated[Any, Meta(description="Changes no answer: taken, not looked at.")]
+Unable = Annotated[Any, Meta(description="Refused, unless its value says nothing.")]
+
+SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "prompt_logprobs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+}
+"""Of fields that this server cannot follow: the values, besides null, that ask nothing of it."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,9 +90,25 @@ class Asking(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority = 0
     return_token_ids: bool = False
     """Adds `token_ids` to every choice."""
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    user: Idle = None
+    metadata: Idle = None
+    store: Idle = None
+    service_tier: Idle = None
+    safety_identifier: Idle = None
+    prompt_cache_key: Idle = None
+    prompt_cache_retention: Idle = None
+    presence_penalty: Unable = None
+    frequency_penalty: Unable = None
+    repetition_penalty: Unable = None
+    logit_bias: Unable = None
+    top_k: Unable = None
+    min_p: Unable = None
+    prompt_logprobs: Unable = None
+    guided_json: Unable = None
+    guided_regex: Unable = None
+    guided_choice: Unable = None
+    guided_grammar: Unable = None
+    structured_outputs: Unable = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -70,9 +121,10 @@ class CompletionRequest(Asking, frozen=True, kw_only=True):
     """A text, texts, token ids, or lists of token ids."""
     logprobs: Alternatives | None = None
     """So many alternatives a token; 0: of the token that was chosen alone."""
-    echo: bool = False
-    suffix: str | None = None
+    echo: Unable = None
+    suffix: Unable = None
     best_of: int | None = None
+    """Taken if it is `n`: all are answered, and none is picked."""
 
 
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +136,9 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: Annotated[str, Meta(min_length=1, max_length=64, pattern="^[A-Za-z_]+$")]
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: Unable = None
+    function_call: Unable = None
+    audio: Unable = None
 
 
 class ChatRequest(Asking, frozen=True, kw_only=True):
@@ -92,6 +147,23 @@ class ChatRequest(Asking, frozen=True, kw_only=True):
     """Goes before `max_tokens`."""
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
+    parallel_tool_calls: Idle = None
+    """Without tools there is nothing that it could change."""
+    prediction: Idle = None
+    """A hint for speed."""
+    tools: Unable = None
+    tool_choice: Unable = None
+    functions: Unable = None
+    function_call: Unable = None
+    response_format: Unable = None
+    modalities: Unable = None
+    audio: Unable = None
+    reasoning_effort: Unable = None
+    verbosity: Unable = None
+    web_search_options: Unable = None
+    chat_template: Unable = None
+    chat_template_kwargs: Unable = None
+    add_generation_prompt: Unable = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +181,7 @@ class ContextFile(msgspec.Struct, frozen=True, kw_only=True):
     text: str
 
 
-class ContextRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ContextRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A document to prefill and keep: `text`, `files` or `token_ids`, one of them."""
 
     model: Name = ""
@@ -138,6 +210,13 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         text = str(error)
+        if unknown := re.search(r"contains unknown field `(.*?)`", text, re.DOTALL):
+            name = unknown[1][:100]
+            raise bad(
+                f"{name} is not known here; leave it out, or see GET /openapi.json for what is",
+                name,
+                "unsupported_parameter",
+            ) from None
         found = re.search(r" - at `\$\.?(.*?)`$", text)
         param = re.split(r"[.\[]", found[1])[0] if found else None
         if missing := re.search(r"missing required field `(\w+)`", text):
@@ -151,11 +230,11 @@ def parse(body: bytes, kind: type[Body]) -> Body:
 
 def refuse_unsupported(asked: Asking) -> None:
     """ApiError 400 for what would be answered wrongly if it were ignored."""
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(asked, name):
-            raise _unsupported(name, "wanted 0")
-    if asked.logit_bias:
-        raise _unsupported("logit_bias", "wanted none")
+    for name, nothing in SAYS_NOTHING.items():
+        value = getattr(asked, name, None)
+        if value is not None and value not in nothing:
+            told = " or ".join(msgspec.json.encode(one).decode() for one in nothing)
+            raise _unsupported(name, f"wanted {told or 'none'}")
     if asked.contexts is not None and len(asked.contexts) != 1:
         raise bad(
             f"contexts: {len(asked.contexts)} were named; wanted exactly one, for the positions of "
@@ -175,15 +254,19 @@ def refuse_unsupported(asked: Asking) -> None:
             "min_tokens",
             "invalid_value",
         )
-    if isinstance(asked, CompletionRequest):
-        if asked.echo:
-            raise _unsupported("echo", "wanted false")
-        if asked.suffix:
-            raise _unsupported("suffix", "wanted none")
-        if asked.best_of is not None and asked.best_of != (asked.n or 1):
-            raise _unsupported("best_of", "wanted the same as n")
-    if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
-        raise bad("top_logprobs wants logprobs: true", "top_logprobs", "invalid_value")
+    if isinstance(asked, CompletionRequest) and asked.best_of not in (None, asked.n or 1):
+        raise _unsupported("best_of", "wanted the same as n")
+    if isinstance(asked, ChatRequest):
+        if asked.top_logprobs and not asked.logprobs:
+            raise bad("top_logprobs wants logprobs: true", "top_logprobs", "invalid_value")
+        for message in asked.messages:
+            for name in ("tool_calls", "function_call", "audio"):
+                if getattr(message, name) not in (None, []):
+                    raise bad(
+                        f"messages with {name} are not supported; wanted text alone",
+                        "messages",
+                        "unsupported_value",
+                    )
 
 
 def _unsupported(name: str, wanted: str) -> ApiError:

@@ -29,7 +29,8 @@ _ERROR = {
     },
 }
 _ANY_JSON = {"application/json": {"schema": {"type": "object"}}}
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}
+"""OpenAPI 3.1 has no schema for single events."""
 _POSTS = (
     ("/v1/chat/completions", "The next turn of a conversation", ChatRequest),
     ("/v1/completions", "What follows a text or token ids", CompletionRequest),

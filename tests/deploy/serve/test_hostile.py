@@ -118,6 +118,70 @@ def test_each_refusal_names_its_reason(tiny, sent: bytes, code: str | None) -> N
     assert code is None or error["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("completions", "echo", True),
+        ("completions", "suffix", "end"),
+        ("completions", "best_of", 3),
+        ("completions", "presence_penalty", 0.5),
+        ("completions", "frequency_penalty", -1),
+        ("completions", "logit_bias", {"5": -100}),
+        ("completions", "top_k", 40),
+        ("completions", "repetition_penalty", 1.1),
+        ("completions", "guided_regex", "[0-9]+"),
+        ("chat/completions", "tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("chat/completions", "tool_choice", "required"),
+        ("chat/completions", "functions", [{"name": "f"}]),
+        ("chat/completions", "response_format", {"type": "json_object"}),
+        ("chat/completions", "modalities", ["text", "audio"]),
+        ("contexts", "plian", True),
+    ],
+)
+def test_what_would_change_the_answer_is_not_ignored(tiny, path, field, value) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    body = {
+        "completions": {"prompt": [5, 9], "max_tokens": 1},
+        "chat/completions": {"messages": messages},
+        "contexts": {"token_ids": [1, 2]},
+    }[path]
+    with tiny.http("") as http:
+        answer = http.post(f"/v1/{path}", json={**body, field: value})
+    error = check_error(answer.status_code, answer.content)
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert error["code"] == "unsupported_parameter"
+
+
+def test_a_message_that_calls_a_tool_is_refused(tiny) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function"}]}
+    with tiny.http("") as http:
+        answer = http.post("/v1/chat/completions", json={"messages": [call]})
+    assert "tool_calls" in check_error(answer.status_code, answer.content)["message"]
+
+
+def test_what_changes_no_answer_is_taken(tiny) -> None:
+    plain = {"prompt": [5, 9], "max_tokens": 3, "temperature": 0}
+    more = {
+        "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
+        "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "top_k": -1,
+        "repetition_penalty": 1.0, "echo": False, "suffix": None, "best_of": 1, "n": 1,
+    }  # fmt: skip
+    with tiny.http("") as http:
+        answers = [http.post("/v1/completions", json=body) for body in (plain, plain | more)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["choices"] == answers[1].json()["choices"]
+
+
+def test_allow_names_every_method_of_a_path(tiny) -> None:
+    with tiny.http("") as http:
+        for path, methods in (
+            ("/v1/contexts", {"GET", "HEAD", "POST"}),
+            ("/v1/contexts/0123456789abcdef", {"GET", "HEAD", "DELETE"}),
+        ):
+            allowed = http.request("OPTIONS", path).headers["allow"]
+            assert set(allowed.split(", ")) == methods
+
+
 def test_a_context_is_refused_by_its_field(tiny) -> None:
     with tiny.http("") as http:
         for body, param in (
