@@ -229,6 +229,8 @@ class Service:
         with self._engine.lock:
             if self._closing:
                 raise Overloaded("the service is closing", retry_after_s=self.limits.retry_after_s)
+            if (ticket := self._again(job.tenant, key, job.digest, listener)) is not None:
+                return ticket  # it came at the same instant
             self._forget_old()
             going = [one for one in self._jobs.values() if not one.state.ended]
             self._admission.check(job, going, self._engine.tokens_per_s)
@@ -331,7 +333,9 @@ class Service:
             if engine.idle:
                 self._wake.wait(1.0)
                 self._wake.clear()
-                continue
+                if self._closed.is_set():
+                    return
+            # without jobs too: a turn ends sessions of clients long gone and mends the gang
             if not engine.turn():
                 self._wake.wait(IDLE_S)
                 self._wake.clear()

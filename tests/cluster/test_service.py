@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import numpy as np
@@ -274,6 +275,18 @@ def test_an_idempotency_key_stands_for_one_request(service: Service) -> None:
         ask(service, prompt(2), idempotency_key="k")
 
 
+def test_one_key_at_the_same_instant_is_one_request(service: Service) -> None:
+    together = threading.Barrier(8)
+
+    def one(at: int) -> str:
+        together.wait()
+        return make(service, LONG[:200], idempotency_key="k")[1].request_id
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(one, range(8)))) == 1
+    assert len([view for view in service.views() if view.kind == "context"]) == 1
+
+
 def test_a_short_answer_does_not_wait_for_a_long_prefill(service: Service, gang: LocalGang) -> None:
     long, ticket = make(service)
     while not any(view.chunk_index for view in long.views):
@@ -339,6 +352,18 @@ def test_a_session_goes_on_and_others_end(service: Service, gang: LocalGang) -> 
     ask(service, prompt(3, 4), context_id=ticket.context_id)[0].said()
     ask(service, prompt(3, 4), context_id=ticket.context_id)[0].said()
     assert len(gang._host._streams[0].rank.answers._sessions) <= 2
+
+
+def test_a_session_ends_though_no_other_request_comes(gang: LocalGang) -> None:
+    for service in serving(gang, limits=Limits(kept_s=0.5)):
+        _, ticket = make(service, LONG[:300])
+        ask(service, prompt(1, 4), context_id=ticket.context_id, session_id="gone")[0].said()
+        sessions = gang._host._streams[0].rank.answers._sessions
+        assert sessions
+        until = time.monotonic() + WAIT_S
+        while sessions:
+            assert time.monotonic() < until, "it was kept"
+            time.sleep(0.05)
 
 
 def test_a_lost_rank_ends_no_answer_that_can_begin_anew(gang: LocalGang) -> None:
