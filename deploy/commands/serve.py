@@ -119,13 +119,17 @@ def serve(
     keys = check_config(config)
     check_host(host, keys, no_auth)
     from ringspan.deploy.serve.app import build_app
-    from ringspan.deploy.serve.listening import bound, server_for
+    from ringspan.deploy.serve.listening import BACKLOG, bound, server_for
 
     with bound(host, port) as listening:
         previous = signal.signal(signal.SIGTERM, _stop)
         try:
             with serving(config, keys) as state:
-                url = "http://{}:{}".format(*listening.getsockname()[:2])
+                listening.listen(BACKLOG)  # who reads the line below may connect at once
+                address, taken = listening.getsockname()[:2]
+                url = (
+                    f"http://[{address}]:{taken}" if ":" in address else f"http://{address}:{taken}"
+                )
                 print(f"ringspan serves {state.model_name} at {url}", file=sys.stderr, flush=True)
                 # uvicorn raises again the signal that it ended by
                 with contextlib.suppress(KeyboardInterrupt):
