@@ -21,7 +21,7 @@ from ringspan.kernels.decode import attend_pages, attend_pages_ref
 from ringspan.kernels.pages import encode_pages, page_shapes
 from ringspan.types import page_tokens_for
 
-LIMITS = {"int8": 1.5, "fp8": 1.5, "int4": 1.1}
+LIMITS = {"int8": 1.5, "fp8": 1.5, "int4": 1.1, "k4v2": 1.1}
 """Of the error, over that of decoding and attending in fp32."""
 
 CHECK_KEYS = 8192
