@@ -55,11 +55,13 @@ from ringspan.cluster.planner import (
     plan_prefill,
     with_prediction,
 )
-from ringspan.cluster.prefill_task import DISK_TIMEOUT_S, Interlude, PrefillTask, Wishes
+from ringspan.cluster.prefill_journal import LeftBehind, left_behind
+from ringspan.cluster.prefill_task import DISK_TIMEOUT_S, PrefillTask
 from ringspan.cluster.reading import Reading
 from ringspan.cluster.scheme_choices import SchemeChoices
 from ringspan.cluster.session import ContextHandle, Prefix, Sessions, form_of, longest_prefix
 from ringspan.cluster.stored import Description, check_model, store_bytes
+from ringspan.cluster.wishes import Interlude, Wishes
 from ringspan.errors import BadInput, CorruptPage, RingspanError, StoreError, TooLarge, UnknownName
 from ringspan.kvstore.directory import Directory
 from ringspan.kvstore.fidelity import (
@@ -205,6 +207,10 @@ class Controller:
         is replaced, which `on_pause` tells, and other contexts leave the gang, of which that rank
         had a share; RankLost, naming rank and chunk, where that is not to be had; Cancelled.
         Whatever it raises, nothing half-written stays.
+
+        Where a controller's process on this host was killed in the middle of the same prefill
+        (tokens, options, ranks), whole chunks of it are read from the store's staging folder and
+        gone on behind; `PrefillDone.resumed` tells.
         """
         began = time.perf_counter()
         token_ids = np.ascontiguousarray(token_ids, dtype=np.int32)
@@ -219,15 +225,17 @@ class Controller:
                 kv_bytes=stored.payload_bytes,
                 timings=PrefillTimings(plan_s=time.perf_counter() - began),
             )
-        store = self._store if save else None
+        store, left = self._store if save else None, None
         if store is not None:
-            store.check_room(store_bytes(plan, kv_bytes(plan, self.facts), self._gang.world_size))
+            left = left_behind(store, plan, options, self._namespace, self._gang.world_size)
+            need_bytes = store_bytes(plan, kv_bytes(plan, self.facts), self._gang.world_size)
+            store.check_room(need_bytes, None if left is None else left.folder)
         self._let_go(plan.context_id)
         write = self._known.begin(plan.context_id, keys, plan.num_tokens)
         try:
             prefix = self._prefix(plan, options, keys, save) if reuse and not again else None
             wishes = Wishes(description or Description(), on_event, on_pause, cancelled, interlude)
-            done = self._prefill(plan, prefix, token_ids, wishes, began, store)
+            done = self._prefill(plan, prefix, token_ids, wishes, began, store, options, left)
             form, kept = form_of(plan, self.facts), self._contexts[plan.context_id].fidelity
             self._known.arrived(write, plan.context_id, keys, form, kept, done.kv_bytes)
         except BaseException as error:
@@ -245,6 +253,8 @@ class Controller:
         wishes: Wishes,
         began: float,
         store: Store | None,
+        asked: PrefillOptions,
+        left: LeftBehind | None,
     ) -> PrefillDone:
         name = plan.context_id
         kept = self._codec_fidelity(plan.codec)
@@ -256,6 +266,8 @@ class Controller:
             plan,
             token_ids,
             wishes,
+            asked=asked,
+            left=left,
             forget=self._forget_quietly,
             mended=lambda _: self._forget_others(name),
         )

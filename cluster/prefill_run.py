@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -18,7 +19,8 @@ class PrefillRun:
     plan: PrefillPlan
     pace: Pace
     began: float
-    """perf_counter when the first chunk was submitted."""
+    """perf_counter when the first chunk was submitted; earlier by what chunks took that another
+    controller did."""
     kv_bytes: int = 0
     sent_bytes: int = 0
     exchange_s: float = 0.0
@@ -60,6 +62,12 @@ class PrefillRun:
             sent_bytes=self.sent_bytes,
             ranks=tuple(done),
         )
+
+    def add_before(self, done: Sequence[ChunkDone]) -> None:
+        """Another controller had every rank do the next chunk: its cost counts as if it were
+        ours."""
+        self.began -= max(rank.elapsed_s for rank in done)
+        self.add(list(done))
 
     def finished(self, saved: bool, timings: PrefillTimings) -> PrefillDone:
         """After the last chunk, and after the store has it."""

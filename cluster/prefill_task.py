@@ -7,33 +7,27 @@
 
 A chunk is sealed when every rank's pages of it lie in the staging folder: then it need not be
 computed again, whoever dies. Without a store nothing outlives a rank, and all begins anew.
+
+A journal in that folder lets another controller go on when this one's process is killed.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from ringspan.cluster.events import (
     Cancelled,
-    IsCancelled,
-    OnEvent,
-    OnPause,
     PrefillDone,
     PrefillPaused,
     PrefillResumed,
     PrefillTimings,
-    ignore_event,
-    ignore_pause,
-    never,
 )
 from ringspan.cluster.gang import Gang, Mended, Pending
 from ringspan.cluster.known import Known
@@ -45,10 +39,13 @@ from ringspan.cluster.messages import (
     ShardSaved,
 )
 from ringspan.cluster.pace import Pace
+from ringspan.cluster.planner import PrefillOptions
+from ringspan.cluster.prefill_journal import LeftBehind, PrefillJournal, claim, opening_of
 from ringspan.cluster.prefill_run import PrefillRun
 from ringspan.cluster.session import Prefix
-from ringspan.cluster.stored import Description, manifest_of
-from ringspan.errors import CorruptPage, RankLost, StoreError
+from ringspan.cluster.stored import manifest_of
+from ringspan.cluster.wishes import Wishes
+from ringspan.errors import BadInput, CorruptPage, RankLost, StoreError, TooLarge
 from ringspan.kvstore.encryption import cipher_of
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.manifest import Manifest
@@ -67,31 +64,13 @@ MOST_FAULTS = 2
 them, and the last error is told."""
 
 
-class Interlude(Protocol):
-    """Work of others, which a prefill lets in between two of its chunks."""
-
-    def wanted(self) -> bool:
-        """There is some; asked before each chunk."""
-
-    def play(self) -> None:
-        """Do it. No chunk is under way, the pages of those before are kept, and the gang is the
-        other work's until this returns. RankLost counts as the prefill's own."""
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What a caller wants of a prefill beside its plan."""
-
-    description: Description = field(default_factory=Description)
-    on_event: OnEvent = ignore_event
-    on_pause: OnPause = ignore_pause
-    cancelled: IsCancelled = never
-    interlude: Interlude | None = None
-
-
 class PrefillTask:
-    """`run` it once. forget: gives up what the gang holds of the context, whatever state it is in.
-    mended: told which ranks lost all they held, before the prefill goes on."""
+    """`run` it once.
+
+    asked: what the plan was made from. left: a dead controller's prefill of the same, to go on with
+    if it is there still. forget: gives up what the gang holds of the context, whatever state it is
+    in. mended: told which ranks lost all they held, before the prefill goes on.
+    """
 
     def __init__(
         self,
@@ -103,6 +82,8 @@ class PrefillTask:
         token_ids: np.ndarray,
         wishes: Wishes,
         *,
+        asked: PrefillOptions,
+        left: LeftBehind | None = None,
         forget: Callable[[str], None],
         mended: Callable[[Mended], None],
     ) -> None:
@@ -110,9 +91,12 @@ class PrefillTask:
         """Says what was reused once it has begun."""
         self._gang, self._store, self._known = gang, store, known
         self._namespace, self._token_ids, self._wishes = namespace, token_ids, wishes
+        self._asked, self._left = asked, left
         self._forget, self._mended = forget, mended
         self._begun: PrefillBegun | None = None
         self._staging = ""
+        self._journal: PrefillJournal | None = None
+        """Of the staging folder."""
         self._chunk = 0
         """That is to be done next."""
         self._submitted = 0
@@ -122,9 +106,13 @@ class PrefillTask:
 
     def run(self, prefix: Prefix | None, began: float) -> PrefillDone:
         """Raises RankLost when the gang cannot be mended, or is lost time and again; Cancelled."""
-        self._begin(prefix)
+        before = self._take_over(prefix)
+        if before is None:
+            self._begin(prefix)
         planned = time.perf_counter()
         run = PrefillRun(self.plan, Pace(self.plan, self._gang.ready[0].facts), planned)
+        for chunk in before or ():
+            run.add_before(chunk)
         if self._store is None:
             self._run_chunks(run)
             computed = time.perf_counter()
@@ -136,11 +124,72 @@ class PrefillTask:
         run.resumed = tuple(self._resumed)
         timings = PrefillTimings(
             plan_s=planned - began,
-            prefill_s=computed - planned,
+            prefill_s=computed - run.began,
             save_s=time.perf_counter() - computed,
             chunk_s=run.chunk_s,
         )
         return run.finished(self._store is not None, timings)
+
+    # taking over
+
+    def _take_over(self, prefix: Prefix | None) -> Sequence[Sequence[ChunkDone]] | None:
+        """Stand behind the last chunk that is whole of what a dead controller left; what was said
+        of the chunks before. None where there is nothing, or nothing of it can be used."""
+        left = self._left
+        if left is None or not left.goes_with(prefix) or (folder := claim(left)) is None:
+            return None
+        noticed, given, store = time.perf_counter(), self.plan, self._store
+        assert store is not None
+        reason = f"the controller that began it (pid {left.pid}) ended"
+        recorded = left.opening.plan
+        self.plan = msgspec.structs.replace(recorded, namespace=given.namespace)
+        self._begun, self._staging = left.opening.begun, folder
+        self._chunk = len(left.chunks)
+        begun_tokens = self._begun_tokens()
+        try:
+            self._pause(reason)
+            restored, unusable = self._stand_on_left(self._chunk)
+            if restored is None:
+                reason += f", and what it left cannot be used: {unusable}"
+                self._drop()
+                store.abort(folder)
+                self.plan, self._begun, self._staging, self._chunk = given, None, "", 0
+            else:
+                self._keep_journal(left.chunks[: self._chunk])
+        except BaseException:
+            self._forget(given.context_id)
+            store.abort(folder)
+            raise
+        self._resume(
+            reason,
+            tuple(range(self._gang.world_size)),
+            0.0,
+            time.perf_counter() - noticed,
+            recomputed_tokens=self._recomputed(begun_tokens),
+            restored_pages=restored or 0,
+        )
+        return None if restored is None else left.chunks[: self._chunk]
+
+    def _stand_on_left(self, most: int) -> tuple[int | None, str]:
+        """How many pages were read to stand behind `most` chunks or fewer; or None, and why not."""
+        dropped = False
+        while True:
+            try:
+                if not dropped:  # what the gang may have of an earlier prefill lies in other files
+                    self._drop()
+                    dropped = True
+                restored = self._stand_on_chunk(most)
+            except RankLost as error:
+                self._mend(error)
+            except (CorruptPage, StoreError, BadInput, TooLarge) as error:
+                return None, str(error)
+            else:
+                return restored, "it has no chunk that every rank has"
+
+    def _drop(self) -> None:
+        name = self.plan.context_id
+        what = f"dropping context {name}"
+        self._gang.call("drop", name, timeout_s=BEGIN_TIMEOUT_S, what=what)
 
     # beginning
 
@@ -151,7 +200,7 @@ class PrefillTask:
             try:
                 self._begin_once(prefix)
             except RankLost as error:
-                self._pause(error)
+                self._pause(str(error))
                 mended = self._mend(error)
                 self._resume(str(error), mended.replaced, mended.load_s, mended.elapsed_s)
                 if prefix is not None and prefix.manifest is None:  # the lost rank held a part
@@ -226,6 +275,8 @@ class PrefillTask:
             done: list[ChunkDone] = asked.popleft().result(run.pace.timeout_s(self._chunk))
             self._chunk += 1
             self._faults = 0
+            if self._journal is not None:
+                self._journal.done(done)
             self._wishes.on_event(run.add(done))
 
     # faults
@@ -253,7 +304,7 @@ class PrefillTask:
     def _go_on_after(self, error: RankLost, run: PrefillRun) -> None:
         """Every rank stands behind the same chunk again; no less than the last sealed one."""
         noticed, reason = time.perf_counter(), str(error)
-        self._pause(error)
+        self._pause(str(error))
         replaced: set[int] = set()
         load_s = 0.0
         begun_tokens = self._begun_tokens()
@@ -268,22 +319,21 @@ class PrefillTask:
             else:
                 break
         run.go_back(self._chunk)
-        behind = (0, *(chunk.stop for chunk in self.plan.chunks))[self._chunk]
         self._resume(
             reason,
             tuple(sorted(replaced)),
             load_s,
             time.perf_counter() - noticed,
-            recomputed_tokens=max(0, begun_tokens - max(behind, self.plan.reused_tokens)),
+            recomputed_tokens=self._recomputed(begun_tokens),
             restored_pages=restored,
         )
 
-    def _pause(self, error: RankLost) -> None:
+    def _pause(self, reason: str) -> None:
         paused = PrefillPaused(
             context_id=self.plan.context_id,
             chunk_index=self._chunk,
             num_chunks=len(self.plan.chunks),
-            reason=str(error),
+            reason=reason,
         )
         self._wishes.on_pause(paused)
 
@@ -316,8 +366,20 @@ class PrefillTask:
         chunks = self.plan.chunks
         return chunks[min(self._chunk, len(chunks) - 1)].stop
 
+    def _recomputed(self, begun_tokens: int) -> int:
+        behind = (0, *(chunk.stop for chunk in self.plan.chunks))[self._chunk]
+        return max(0, begun_tokens - max(behind, self.plan.reused_tokens))
+
     def _stand_together(self) -> int:
         """Behind the last chunk that every rank has; how many pages were read for it."""
+        restored = self._stand_on_chunk(len(self.plan.chunks))
+        if restored is None:
+            self._begin_anew()
+        return restored or 0
+
+    def _stand_on_chunk(self, most: int) -> int | None:
+        """As `_stand_together`, behind `most` chunks or fewer; None where not even the prefix is
+        there, or a page of it is damaged."""
         plan, begun, staging = self.plan, self._begun, self._staging
         assert begun is not None
         what = f"finding what is left of context {plan.context_id}"
@@ -325,17 +387,20 @@ class PrefillTask:
             "prefill_stands", plan, self._token_ids, begun, staging,
             timeout_s=DISK_TIMEOUT_S, what=what,
         )  # fmt: skip
-        chunks_done = min(rank.chunks_done for rank in found)
-        if chunks_done < 0:
-            self._begin_anew()
-            return 0
-        what = f"going on with context {plan.context_id} behind chunk {chunks_done - 1}"
-        stand: list[PrefillStands] = self._gang.call(
-            "resume_prefill", plan, self._token_ids, begun, chunks_done, staging,
-            timeout_s=DISK_TIMEOUT_S, what=what,
-        )  # fmt: skip
-        self._chunk = chunks_done
-        return sum(rank.restored_pages for rank in stand)
+        chunks_done = min(most, *(rank.chunks_done for rank in found))
+        while chunks_done >= 0:
+            what = f"going on with context {plan.context_id} behind chunk {chunks_done - 1}"
+            try:
+                stand: list[PrefillStands] = self._gang.call(
+                    "resume_prefill", plan, self._token_ids, begun, chunks_done, staging,
+                    timeout_s=DISK_TIMEOUT_S, what=what,
+                )  # fmt: skip
+            except CorruptPage:
+                chunks_done -= 1  # headers said that the page is there; its payload is another
+            else:
+                self._chunk = chunks_done
+                return sum(rank.restored_pages for rank in stand)
+        return None
 
     def _begin_anew(self) -> None:
         """Nothing is left that could be gone on with."""
@@ -352,30 +417,43 @@ class PrefillTask:
         self._begin_with(self.plan, "begin_prefill")
         if self._staging:
             self._begin_saving()
+            self._keep_journal()
 
     # saving
 
     @contextmanager
     def _saving(self, store: Store, run: PrefillRun) -> Iterator[None]:
         """A staging folder, to which every rank writes its pages beside the others', behind each
-        chunk. What fails within leaves nothing of it."""
-        name = self.plan.context_id
-        self._staging = staging = store.stage(name, self._token_ids, cipher_of(self._namespace))
+        chunk; the one that was taken over, if one was. What fails within leaves nothing of it."""
+        name, taken_over = self.plan.context_id, self._staging
+        if not taken_over:
+            self._staging = store.stage(name, self._token_ids, cipher_of(self._namespace))
         try:
-            try:
-                self._begin_saving()
-            except RankLost as error:
-                self._go_on_after(error, run)
+            if not taken_over:
+                try:
+                    self._begin_saving()
+                    self._keep_journal()
+                except RankLost as error:
+                    self._go_on_after(error, run)
             yield
         except BaseException:
             self._forget(name)  # or a rank that still writes would bring the folder back
-            store.abort(staging)
+            store.abort(self._staging)
             raise
 
     def _begin_saving(self) -> None:
         name = self.plan.context_id
         what = f"beginning to save context {name}"
         self._gang.call("begin_saving", name, self._staging, timeout_s=BEGIN_TIMEOUT_S, what=what)
+
+    def _keep_journal(self, chunks: Sequence[Sequence[ChunkDone]] = ()) -> None:
+        """In the staging folder, saying that these chunks are done."""
+        assert self._begun is not None
+        opening = opening_of(
+            self.plan, self._asked, self._namespace, self._gang.world_size, self._begun
+        )
+        self._journal = PrefillJournal(self._staging)
+        self._journal.begin(opening, chunks)
 
     def _publish(self, store: Store, run: PrefillRun) -> Manifest:
         """The ranks write what is left; then, in one step, it is a context."""

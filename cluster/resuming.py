@@ -118,6 +118,9 @@ class Resuming:
         written = held.saving is not None and held.saving.handed_over > kept
         if staging and (written or len(held.saved) > kept):
             self._contexts.finish_saving(plan.context_id, staging)
+            if held.saving is not None:  # it had nothing to write yet; the next begins elsewhere
+                held.saving.abort()
+                held.saving = None
             keep_only(staging, held.saved[:kept], held.saved[kept:])
             held.saved = held.saved[:kept]
         shard.take_back(spans)

@@ -5,7 +5,8 @@
     ROOT/trash/<id>-<nonce>/      contexts being removed: never listed
 
 A context appears by one rename of a folder whose files are all on the disk, and goes by one
-rename. What a dead process left in staging or trash is removed by the next `Store`.
+rename. What a dead process left in staging or trash is removed by the next `Store`, unless it can
+be gone on with (`kvstore.staging`).
 
 A store that is told namespaces shows the contexts of these alone, unlocked.
 """
@@ -68,9 +69,13 @@ class Store:
 
     # writing
 
-    def check_room(self, need_bytes: int) -> None:
+    def check_room(self, need_bytes: int, going_on_with: Path | None = None) -> None:
         """The folder can be made and written and has room for so much within the quota, or
-        `StoreError`."""
+        `StoreError`. What dead processes left, to be gone on with, makes room where it is short.
+
+        going_on_with: such a folder that part of `need_bytes` lies in. Its pages are written anew
+        before they go, so the room is for these, or for all the others, whichever is more.
+        """
         probe = self.root / "staging" / f"probe-{secrets.token_hex(4)}"
         try:
             (self.root / "contexts").mkdir(parents=True, exist_ok=True)
@@ -79,6 +84,17 @@ class Store:
             probe.unlink()
         except OSError as error:
             raise store_error(error, "cannot write to the store folder", self.root) from None
+        if going_on_with is not None:
+            there = staging.size_bytes(going_on_with)
+            need_bytes = max(there, need_bytes - there)
+        try:
+            self._check_free(need_bytes)
+        except StoreError:
+            if not staging.remove_abandoned(self.root / "staging", going_on_with):
+                raise
+            self._check_free(need_bytes)
+
+    def _check_free(self, need_bytes: int) -> None:
         free = room_bytes(self.root)
         if need_bytes > free:
             raise StoreError(

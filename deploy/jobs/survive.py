@@ -7,13 +7,16 @@ Network namespaces make four hosts, the last one spare; a gang of CPU ranks on t
 retriever's haystack: once undisturbed, then once with each fault. Stored pages are compared bit for
 bit with the undisturbed run's, and every needle is asked for. Times are the machine's own, with
 all hosts on its few cores: `detected` and `at work` count from the fault, `load` is the share of
-`at work` in which new processes start and read the weights.
+`at work` in which new processes start and read the weights. When the controller is killed another
+is started at once, as a supervisor would: it has a new gang before it finds what was left, so
+`detected` has the time for that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -35,7 +38,7 @@ from ringspan.errors import RingspanError
 HOST_CPUS = (2, 2, 2, 2)
 """Ray's count; the last host is the spare one."""
 RANKS = 6
-FAULTS = ("rank-30", "rank-80", "node", "link")
+FAULTS = ("rank-30", "rank-80", "node", "link", "controller")
 CUT_S = 10.0
 DRIVER = ("-m", "ringspan.deploy.jobs.survive")
 """What Python runs on the first host."""
@@ -106,8 +109,23 @@ def run(tokens: int, needles: int, model: str, faults: Sequence[str]) -> Iterato
 
 
 def one_run(hosts: Hosts, fault: str, given: dict[str, Any]) -> Run:
-    """A driver on the first host, and the fault when it is time for it."""
+    """A driver on the first host, and the fault when it is time for it; after a killed driver
+    another."""
     found = Run()
+    status, said = _one_driver(hosts, fault, given, found)
+    if fault == "controller" and found.hit:
+        status, said = _one_driver(hosts, "none", given, found)
+    if status or not found.of("done"):
+        raise RingspanError(
+            f"{fault}: the driver ended with status {status}: {' | '.join(said[-4:])}"
+        )
+    return found
+
+
+def _one_driver(
+    hosts: Hosts, fault: str, given: dict[str, Any], found: Run
+) -> tuple[int, list[str]]:
+    """What it says goes to `found`; its exit status, and all its lines."""
     command = [sys.executable, *DRIVER, "--drive", json.dumps(given)]
     driver = hosts.popen(0, command, stdout=subprocess.PIPE)
     patience = threading.Timer(RUN_TIMEOUT_S, driver.kill)
@@ -131,17 +149,13 @@ def one_run(hosts: Hosts, fault: str, given: dict[str, Any]) -> Run:
             driver.stdout.close()
         if fault == "node" and found.hit:
             hosts.start(int(found.hit.removeprefix("host")))
-    if status or not found.of("done"):
-        raise RingspanError(
-            f"{fault}: the driver ended with status {status}: {' | '.join(said[-4:])}"
-        )
-    return found
+    return status, said
 
 
 def strike(hosts: Hosts, fault: str, found: Run) -> None:
     """Does the fault once the prefill is so far."""
     progress = found.of("progress")
-    share = {"rank-30": 0.3, "rank-80": 0.8, "node": 0.5, "link": 0.4}[fault]
+    share = {"rank-30": 0.3, "rank-80": 0.8, "node": 0.5, "link": 0.4, "controller": 0.5}[fault]
     if not progress or progress[-1]["share"] < share:
         return
     time.sleep(progress[-1]["chunk_s"] / 3)  # into the middle of a chunk
@@ -153,6 +167,9 @@ def strike(hosts: Hosts, fault: str, found: Run) -> None:
     if fault.startswith("rank"):
         found.hit = f"rank of host{host}"
         hosts.popen(host, ["kill", "-KILL", str(pid)]).wait(10)
+    elif fault == "controller":
+        found.hit = "the driver"
+        hosts.popen(0, ["kill", "-KILL", str(found.of("ready")[0]["pid"])]).wait(10)
     elif fault == "node":
         found.hit = f"host{host}"
         hosts.kill(host)
@@ -247,7 +264,7 @@ def drive(given: dict[str, Any]) -> int:
     chunk = -(-given["tokens"] // CHUNK_ROUNDS // page_tokens) * page_tokens
     store = Store(given["store"])
     with connect(), RayGang(spec) as gang:
-        say("ready", ranks=[(ready.host, ready.pid) for ready in gang.ready])
+        say("ready", pid=os.getpid(), ranks=[(ready.host, ready.pid) for ready in gang.ready])
         controller = Controller(gang, store)
         done = controller.prefill(
             token_ids,
