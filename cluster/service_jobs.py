@@ -97,6 +97,11 @@ class Job:
         return self.context_tokens + len(self.question)
 
     @property
+    def given_tokens(self) -> int:
+        """That came with it: those of a context it names were computed for an earlier one."""
+        return len(self.token_ids) + len(self.question)
+
+    @property
     def unwanted(self) -> bool:
         return self.cancel or (self.left and self.is_answer)
 

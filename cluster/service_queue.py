@@ -28,7 +28,7 @@ class Admission:
         limits = self._limits
         jobs = list(jobs)
         waiting = [one for one in jobs if one.state is JobState.waiting]
-        tokens = sum(one.num_tokens for one in waiting)
+        tokens = sum(one.given_tokens for one in waiting)
         wait_s = tokens / tokens_per_s if tokens_per_s else len(waiting) * limits.retry_after_s
         wait_s = max(limits.retry_after_s, wait_s)
         if len(waiting) >= limits.max_waiting:
@@ -37,9 +37,9 @@ class Admission:
                 f"again in about {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )
-        if waiting and tokens + job.num_tokens > limits.max_tokens_waiting:
+        if waiting and tokens + job.given_tokens > limits.max_tokens_waiting:
             raise Overloaded(
-                f"{tokens} tokens wait already and this request has {job.num_tokens}, at most "
+                f"{tokens} tokens wait already and this request has {job.given_tokens}, at most "
                 f"{limits.max_tokens_waiting} may wait: try again in about {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )
@@ -83,8 +83,7 @@ class Admission:
 
 def _tokens(job: Job) -> int:
     """That a tenant is charged for: of the prompt, and the most that may be answered."""
-    fresh = len(job.token_ids) + len(job.question)
-    return fresh + (job.sampling.max_tokens if job.is_answer else 0)
+    return job.given_tokens + (job.sampling.max_tokens if job.is_answer else 0)
 
 
 class Waiting:

@@ -343,6 +343,16 @@ def test_too_much_is_refused_with_numbers(gang: LocalGang) -> None:
             service.view(waiting[0][1].request_id, tenant="b")
 
 
+def test_questions_do_not_wait_for_room_for_a_context_that_is_there(gang: LocalGang) -> None:
+    limits = Limits(max_running=1, max_tokens_waiting=len(LONG) + 100)
+    for service in serving(gang, limits=limits):
+        heard, ticket = make(service)
+        assert heard.ended.wait(WAIT_S)
+        name = service.view(ticket.request_id).context_id
+        asked = [ask(service, [at + 1, at + 2], context_id=name)[0] for at in range(6)]
+        assert all(len(one.said()) > 0 for one in asked)
+
+
 def test_a_session_goes_on_and_others_end(service: Service, gang: LocalGang) -> None:
     _, ticket = make(service, LONG[:300])
     turns = [ask(service, prompt(at, 4), context_id=ticket.context_id, session_id="mine")[0].said()
