@@ -17,7 +17,7 @@ from ringspan.cluster.controller import Controller
 from ringspan.cluster.messages import ModelFacts
 from ringspan.cluster.metrics import Metrics
 from ringspan.cluster.planner import PrefillOptions
-from ringspan.cluster.service_contexts import context_views, stored_contexts
+from ringspan.cluster.service_contexts import StoredContexts, context_views
 from ringspan.cluster.service_engine import Engine
 from ringspan.cluster.service_jobs import Job, flush
 from ringspan.cluster.service_jobs import Ticket as Ticket
@@ -81,6 +81,7 @@ class Service:
         self._engine = Engine(
             lambda: list(self._controllers.values()), controller, limits, self.metrics, self._flush
         )
+        self._stored = StoredContexts()
         self._wake = threading.Event()
         self._ready = controller.gang.ready
         self._closing, self._closed = False, threading.Event()
@@ -274,8 +275,8 @@ class Service:
         space = self._namespace(tenant) or PUBLIC_NAMESPACE
         with self._engine.lock:
             jobs = [one for one in self._jobs.values() if not one.state.ended]
-        manifests = stored_contexts(controller, space, namespace_digest(space))
-        return context_views(controller, self._engine.held, manifests, jobs, self._ready)
+        stored = self._stored.views(controller, space, namespace_digest(space))
+        return context_views(controller, self._engine.held, stored, jobs, self._ready)
 
     def context(self, context_id: str, tenant: str = "") -> ContextView:
         """UnknownName, for another tenant's too."""

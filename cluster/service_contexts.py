@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 
 from ringspan.cluster.controller import Controller
 from ringspan.cluster.messages import RankReady
@@ -11,28 +12,52 @@ from ringspan.cluster.service_held import Held, Place
 from ringspan.cluster.service_jobs import Job
 from ringspan.cluster.service_types import ContextView, ShardView
 from ringspan.errors import StoreError
-from ringspan.kvstore.manifest import Manifest, read_manifest
+from ringspan.kvstore.manifest import MANIFEST, Manifest, read_manifest
 from ringspan.types import page_tokens_for
 
 
-def stored_contexts(controller: Controller, namespace: bytes, space: str) -> list[Manifest]:
-    """Of one namespace, as the folder has them now. Any thread may ask."""
-    store = controller.store
-    found: list[Manifest] = []
-    for name in () if store is None else store.ids():
+class StoredContexts:
+    """What the store has, as its folder has it now: a manifest, megabytes of a long context, is
+    read again only when its file is another one. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], tuple[tuple[int, int, int], ContextView | None]] = {}
+
+    def views(self, controller: Controller, namespace: bytes, space: str) -> list[ContextView]:
+        """Of one namespace; damaged ones are left out."""
+        store = controller.store
+        if store is None:
+            return []
+        names = store.ids()
+        found = [self._view(store.root / "contexts" / name, namespace, space) for name in names]
+        for key in [key for key in list(self._known) if key[0] == space and key[1] not in names]:
+            self._known.pop(key, None)
+        return [view for view in found if view is not None]
+
+    def _view(self, folder: Path, namespace: bytes, space: str) -> ContextView | None:
         try:
-            manifest = read_manifest(store.root / "contexts" / name, (namespace,))  # type: ignore[union-attr]
+            file = (folder / MANIFEST).stat()
+        except OSError:
+            return None  # removed since it was listed
+        now = file.st_ino, file.st_size, file.st_mtime_ns
+        known = self._known.get((space, folder.name))
+        if known is not None and known[0] == now:
+            return known[1]
+        view = None
+        try:
+            manifest = read_manifest(folder, (namespace,))
+            if manifest.origin.namespace == space:
+                view = _stored_view(manifest)
         except StoreError:
-            continue  # damaged, or removed since it was listed
-        if manifest.origin.namespace == space:
-            found.append(manifest)
-    return found
+            pass  # damaged, of another namespace, or removed
+        self._known[space, folder.name] = now, view
+        return view
 
 
 def context_views(
     controller: Controller,
     held: Held,
-    manifests: Iterable[Manifest],
+    stored: Iterable[ContextView],
     jobs: Iterable[Job],
     ready: tuple[RankReady, ...],
 ) -> list[ContextView]:
@@ -52,8 +77,7 @@ def context_views(
                 title="" if about is None else about.title,
                 created_unix_s=job.created_unix_s,
             )
-    for manifest in manifests:
-        views[manifest.context_id] = _stored_view(manifest)
+    views.update((view.context_id, view) for view in stored)
     for place in held.of(controller):
         if not place.plain:
             name = place.handle.context_id

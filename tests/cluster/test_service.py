@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -35,6 +36,7 @@ from ringspan.cluster.service_types import (
 )
 from ringspan.errors import BadInput, RankLost, TooLarge, UnknownName
 from ringspan.kvstore.folder import Store
+from ringspan.kvstore.manifest import Manifest, read_manifest
 
 MODEL = ModelSpec(name="random:tiny", seed=3)
 LONG = np.random.default_rng(11).integers(0, 256, size=1800, dtype=np.int32)
@@ -420,6 +422,36 @@ def test_a_context_comes_back_from_the_store(gang: LocalGang, tmp_path: Any) -> 
     assert again.cached_tokens == 600
     assert service.verify_context(ticket.context_id)["ok"]
     service.delete_context(ticket.context_id)
+    assert service.contexts() == []
+    service.close()
+
+
+def test_a_manifest_is_read_again_only_when_it_is_another(
+    gang: LocalGang, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(folder: Path, *spaces: Any) -> Manifest:
+        read.append(folder.name)
+        return read_manifest(folder, *spaces)
+
+    monkeypatch.setattr("ringspan.cluster.service_contexts.read_manifest", counted)
+    Mortal.dies = []
+    service = Service(Controller(gang, Store(tmp_path / "store")))
+    made, ticket = make(service, LONG[:600])
+    assert made.ended.wait(WAIT_S)
+    name = ticket.context_id
+    for at in range(3):
+        ask(service, prompt(at, 4), context_id=name)[0].said()
+    assert read == [name]
+    file = tmp_path / "store" / "contexts" / name / "manifest.json"
+    whole = file.read_bytes()
+    for data, stored in ((whole[:-9], False), (whole, True)):
+        (tmp_path / "other").write_bytes(data)
+        (tmp_path / "other").replace(file)
+        assert service.context(name).stored is service.context(name).stored is stored
+    assert read == [name] * 3
+    service.delete_context(name)
     assert service.contexts() == []
     service.close()
 

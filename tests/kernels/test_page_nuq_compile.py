@@ -57,9 +57,9 @@ def kernels(dim, page_tokens):
             nuq._encode_k_kernel,
             pages | turned | {"x": "bf16"},
             fit | {"NUM_BASES": len(BASES), "WIDENED": WIDENED},
-            nuq.CONFIGS["nuq encode k"].options(dim),
+            nuq.options("nuq encode k", dim),
         )
-        options = nuq.CONFIGS["nuq encode v"].options(dim)
+        options = nuq.options("nuq encode v", dim)
         yield (
             f"nuq{levels.bits} encode v",
             nuq._encode_v_kernel,
@@ -73,7 +73,7 @@ def kernels(dim, page_tokens):
                 nuq._decode_kernel,
                 pages | turned | {"out": "bf16"},
                 made | {"TURN": turns},
-                nuq.CONFIGS["nuq decode"].options(dim),
+                nuq.options("nuq decode", dim),
             )
 
 
