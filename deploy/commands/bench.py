@@ -26,6 +26,7 @@ from ringspan.deploy.checks import check_gang, check_model, check_plan_names, ch
 from ringspan.deploy.commands import options
 from ringspan.deploy.commands.bench_codecs import codecs
 from ringspan.deploy.commands.bench_decode import decode
+from ringspan.deploy.commands.bench_endpoint import endpoint
 from ringspan.deploy.commands.bench_serve import serve
 from ringspan.deploy.commands.bench_store import store
 from ringspan.errors import BadInput
@@ -238,6 +239,7 @@ app.command("decode")(decode)
 app.command("codecs")(codecs)
 app.command("store")(store)
 app.command("serve")(serve)
+app.command("endpoint")(endpoint)
 
 
 @app.command("plot")
