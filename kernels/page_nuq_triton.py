@@ -387,14 +387,6 @@ def _row_tables(
     return cos.transpose(1, 2).contiguous(), sin.transpose(1, 2).contiguous()
 
 
-def options(name: str, dim: int) -> dict[str, int | bool]:
-    """Of a kernel's launch: beyond 128 dimensions encoders take more warps, or registers spill."""
-    found = CONFIGS[name].options(dim)
-    if dim > 128 and "encode" in name:
-        found["num_warps"] = 16
-    return found
-
-
 def _launch(
     kernel: triton.JITFunction,
     name: str,
@@ -410,5 +402,5 @@ def _launch(
     config = CONFIGS[name]
     kernel[(min(tiles, config.programs),)](
         *tensors, x.stride(0), x.stride(1), tokens, heads, tiles, 1 / math.sqrt(dim), *floats,
-        **constants, **options(name, dim),
+        **constants, **config.options(dim),
     )  # fmt: skip

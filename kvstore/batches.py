@@ -36,13 +36,16 @@ class Batch(NamedTuple):
     """Of the shard, where its first page lies."""
 
 
-def batches(lengths: Sequence[int], bytes_of: BytesOf, row: int) -> list[Batch]:
-    """Pages of `lengths` tokens, which follow each other from `row` on, in buffer's loads."""
+def batches(
+    lengths: Sequence[int], bytes_of: BytesOf, row: int, most_bytes: int | None = None
+) -> list[Batch]:
+    """Pages of `lengths` tokens, which follow each other from `row` on, in loads of `most_bytes`
+    (BATCH_BYTES)."""
     found: list[Batch] = []
     at = 0
     while at < len(lengths):
         tokens = lengths[at]
-        most = max(1, BATCH_BYTES // bytes_of(tokens))
+        most = max(1, (most_bytes or BATCH_BYTES) // bytes_of(tokens))
         stop = at
         while stop < len(lengths) and stop - at < most and lengths[stop] == tokens:
             stop += 1

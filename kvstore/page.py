@@ -7,6 +7,7 @@ one context.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -195,24 +196,9 @@ def verify_header(header: PageHeader) -> None:
         raise CorruptPage(f"{name}: format {header.format}, this version reads {FORMAT}")
     if not (_is_key(header.key) and _is_key(header.parent_key)):
         raise CorruptPage(f"{name}: key {header.key!r} or its parent is no BLAKE3 key in hex")
-    sizes = (form.page_tokens, form.num_layers, form.num_kv_heads, form.head_dim)
-    if min(sizes) < 1 or max(sizes) > 1 << 24:
-        raise CorruptPage(f"{name}: sizes {sizes} make no sense")
-    try:
-        made = codec(form.codec)
-        dtype = dtype_of(form.dtype)
-        wanted = page_form(
-            made, form.num_layers, form.num_kv_heads, form.head_dim, dtype, form.page_tokens
-        )
-    except UnknownName as error:
-        raise CorruptPage(f"{name}: {error}") from None
-    if form != wanted:
-        raise CorruptPage(f"{name}: form differs: {differences(wanted, form)}")
-    if unit_tokens(wanted.specs) not in (1, form.page_tokens):
-        raise CorruptPage(
-            f"{name}: pages of {form.page_tokens} tokens, codec {form.codec} makes pages of "
-            f"{unit_tokens(wanted.specs)}"
-        )
+    fault = _form_fault(form)
+    if fault:
+        raise CorruptPage(f"{name}: {fault}")
     if span.start % form.page_tokens or not 0 < span.tokens <= form.page_tokens:
         raise CorruptPage(f"{name}: the span is not a page of {form.page_tokens} tokens")
     if len(header.plane_sums) != form.num_layers:
@@ -228,6 +214,30 @@ def verify_header(header: PageHeader) -> None:
         fault = sealing_fault(header.sealed, header.payload_bytes, form.num_layers)
         if fault:
             raise CorruptPage(f"{name}: {fault}")
+
+
+@lru_cache(maxsize=64)
+def _form_fault(form: PageForm) -> str:
+    """What is wrong with a form, as text; empty: nothing. The pages of a context share one."""
+    sizes = (form.page_tokens, form.num_layers, form.num_kv_heads, form.head_dim)
+    if min(sizes) < 1 or max(sizes) > 1 << 24:
+        return f"sizes {sizes} make no sense"
+    try:
+        made = codec(form.codec)
+        dtype = dtype_of(form.dtype)
+        wanted = page_form(
+            made, form.num_layers, form.num_kv_heads, form.head_dim, dtype, form.page_tokens
+        )
+    except UnknownName as error:
+        return str(error)
+    if form != wanted:
+        return f"form differs: {differences(wanted, form)}"
+    if unit_tokens(wanted.specs) not in (1, form.page_tokens):
+        return (
+            f"pages of {form.page_tokens} tokens, codec {form.codec} makes pages of "
+            f"{unit_tokens(wanted.specs)}"
+        )
+    return ""
 
 
 def verify_payload(header: PageHeader, payload: memoryview) -> None:

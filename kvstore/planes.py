@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ringspan.attention.kv import TensorSpec
+    from ringspan.kernels.planes_triton import PlaneTable
 
 Layers = tuple[tuple[torch.Tensor, ...], ...]
 """[layer][tensor], each [units, *spec.shape]."""
@@ -82,10 +83,36 @@ def scatter(
         held.copy_(payload)
 
 
+def scatter_and_sum(
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, payloads: torch.Tensor
+) -> torch.Tensor:
+    """`scatter`, then the plane sums of these rows: int64 [pages, layers] on their device, which
+    nobody has waited for."""
+    pages = len(payloads)
+    table = _table(layers, specs, row, tokens, pages)
+    aligned = payloads.data_ptr() % 8 == 0 and payloads.stride(0) % 8 == 0
+    if table is not None and aligned:
+        table.copy(payloads)
+        return table.sums()
+    scatter(layers, specs, row, tokens, payloads)
+    return _page_sums(layers, specs, row, tokens, pages)
+
+
 def page_sums(
     layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, pages: int
 ) -> np.ndarray:
     """Plane sums of consecutive pages: uint64 [pages, layers]."""
+    found: np.ndarray = _page_sums(layers, specs, row, tokens, pages).cpu().numpy().view(np.uint64)
+    return found
+
+
+def _page_sums(
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, pages: int
+) -> torch.Tensor:
+    """int64 [pages, layers] on their device."""
+    table = _table(layers, specs, row, tokens, pages)
+    if table is not None:
+        return table.sums()
     device = layers[0][0].device
     sums = torch.zeros((len(layers), pages), dtype=torch.int64, device=device)
 
@@ -105,8 +132,25 @@ def page_sums(
     else:
         for layer in range(len(layers)):
             sum_layer(layer)
-    found: np.ndarray = sums.T.contiguous().cpu().numpy().view(np.uint64)
-    return found
+    return sums.T.contiguous()
+
+
+def _table(
+    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, pages: int
+) -> PlaneTable | None:
+    """For one launch over all layers; None on a CPU, or where planes are no whole words."""
+    if layers[0][0].device.type != "cuda" or not pages:
+        return None
+    from ringspan.kernels.planes_triton import PlaneTable  # which imports triton
+
+    held = [
+        [
+            _units(tensor, spec, row, tokens, pages)
+            for tensor, spec in zip(layer, specs, strict=True)
+        ]
+        for layer in layers
+    ]
+    return PlaneTable(held, pages) if PlaneTable.fits(held, pages) else None
 
 
 def all_page_sums(

@@ -20,6 +20,7 @@ import torch
 from ringspan.attention.kv import cut_units
 from ringspan.errors import BadInput, CorruptPage
 from ringspan.kvstore import planes
+from ringspan.kvstore.tiers.pinned import pin, unpin
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,18 +169,16 @@ class StreamedShard:
 
     def _pin(self) -> None:
         """The host's tensors where they are: copies then run at the link's speed."""
-        runtime = torch.cuda.cudart()
         for layer in range(self._held.num_layers):
             for tensor in self._held.tensors(layer):
                 size = tensor.numel() * tensor.element_size()
-                if int(runtime.cudaHostRegister(tensor.data_ptr(), size, 0)) == 0:
+                if pin(tensor.data_ptr(), size):
                     self._pinned.append(tensor.data_ptr())
 
     def close(self) -> None:
         """Before the host's memory goes. May be repeated."""
         self._pool.shutdown(wait=True)
         if self._pinned:
-            runtime = torch.cuda.cudart()
             for address in self._pinned:
-                runtime.cudaHostUnregister(address)
+                unpin(address)
             self._pinned.clear()

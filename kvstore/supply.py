@@ -2,8 +2,9 @@
 
 A page is read by the first road that has it and that passes: header checksum; the header is that of
 the record, of this context, behind the right page; xxh3 of the payload; zeros behind it. (The plane
-sums follow where the rows lie: `kvstore.transfer`.) A page that fails is quarantined and counted,
-and the next road is asked.
+sums follow where the rows lie: `kvstore.transfer`. What a GPU fetches out of mapped memory is
+verified by them, in place of xxh3.) A page that fails is quarantined and counted, and the next road
+is asked.
 
 Pages of an encrypted context are checked as they are stored, then decrypted, which checks them once
 more; `stored_page` gives them as they are stored, for whoever only moves or mends them.
@@ -18,11 +19,13 @@ from ringspan.kvstore.frame import is_zero
 from ringspan.kvstore.manifest import cipher_for
 from ringspan.kvstore.page import as_sealed, differences, verify_payload
 from ringspan.kvstore.segment_reader import check_record
-from ringspan.kvstore.tiers.base import PageMissing
+from ringspan.kvstore.tiers.base import MapsFrames, PageMissing
 from ringspan.kvstore.tiers.counters import COUNTERS, QUARANTINED, StoreCounters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.encryption import PageCipher
@@ -93,6 +96,17 @@ class Supply:
     def head(self, record: PageRecord, first_road: int = 0) -> Had:
         """Its header alone; the payload is not looked at."""
         return self._try(record, first_road, None, self._cipher)
+
+    def mapped(self, records: Sequence[PageRecord], pinned: bool) -> list[torch.Tensor] | None:
+        """Payloads in the memory of the first road, uint8 [payload bytes], not verified: whoever
+        takes them compares plane sums, and reads by `page` what differs. None where the road has
+        not all of them in memory, one is in quarantine, or they must be decrypted."""
+        reader = self._readers[0] if self._readers else None
+        if not isinstance(reader, MapsFrames) or self.manifest.encrypted:
+            return None
+        if any(self._quarantine.holds(reader, record) for record in records):
+            return None
+        return reader.mapped(records, pinned)
 
     def part(self, record: PageRecord, road: int, room: memoryview, first: int) -> None:
         """Bytes of the payload from `first` on by this road; not verified, but where they are

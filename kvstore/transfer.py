@@ -6,9 +6,11 @@ are computed from these very rows and compared with the headers'. When all are r
 become readable. So the copies to the device are verified too, and nothing is used before. What
 fails is read once more, then by the next road, then handed to `repair`.
 
-On a CPU one thread takes a page all the way, so that its bytes are still in a cache when they are
-summed, and others' pages are read meanwhile. A GPU takes batches of pages, and sums all of them at
-once, faster than it could be told page by page.
+Out of memory that a GPU can fetch from (slabs of the host store) no thread copies: the device takes
+payloads from where they lie (`fetching`), and its plane sums, over the rows themselves, are what
+they are verified by. On a CPU one thread takes a page all the way, so that its bytes are still in a
+cache when they are summed, and others' pages are read meanwhile. Otherwise a GPU takes batches of
+pages, and sums all of them at once, faster than it could be told page by page.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ringspan.errors import BadInput, CorruptPage, StoreError
 from ringspan.kvstore import planes
 from ringspan.kvstore.batches import Batch, Buffer, batches, buffer_bytes
+from ringspan.kvstore.fetching import fetched_sums
 from ringspan.kvstore.frame import aligned
 from ringspan.kvstore.host_rows import HostRows
 from ringspan.kvstore.page import Page, differences, page_name, verify_page, verify_sums
@@ -38,12 +41,16 @@ from ringspan.types import coalesce
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.manifest import Manifest
     from ringspan.kvstore.shard import ContextShard
 
 BUFFERS = 3
 """Batches on their way at a time."""
+FETCH_BYTES = 128 << 20
+"""Of payloads in one batch that a device fetches: a buffer of its own memory each."""
 READERS = 8
 """Threads that read and hash; one does 1 to 5 GB/s."""
 
@@ -68,12 +75,14 @@ def load_shard(
     *,
     supply: Supply | None = None,
     repair: Repair | None = None,
+    mapped: bool | None = None,
 ) -> tuple[tuple[int, ...], ...]:
     """Read pages of a stored context, verified, behind what the shard holds; their plane sums,
     [pages][layers].
 
     root: of the store. records: of the manifest, in position order. supply: the roads to read by,
-    closed here whatever happens; None: the tiers that hold the context. Raises `CorruptPage` naming
+    closed here whatever happens; None: the tiers that hold the context. mapped: whether payloads
+    are fetched from mapped memory where there is some; None: by a GPU. Raises `CorruptPage` naming
     the page and what differs, `StoreError` when a file cannot be read, `BadInput` when the shard is
     of another form; the shard is then as before.
     """
@@ -92,7 +101,7 @@ def load_shard(
             supply = stack.enter_context(context_supply(root, manifest, records))
         shard.reserve(coalesce(record.span for record in records))
         try:
-            sums = _Loading(supply, records, shard).run(readers, repair)
+            sums = _Loading(supply, records, shard).run(readers, repair, mapped)
         except BaseException:
             shard.cancel()
             raise
@@ -115,7 +124,39 @@ class _Loading:
         self._early: dict[int, list[int]] = {}
         """Of the rows of each page that was read, where they are summed at once."""
 
-    def run(self, readers: int, repair: Repair | None) -> tuple[tuple[int, ...], ...]:
+    def run(
+        self, readers: int, repair: Repair | None, mapped: bool | None
+    ) -> tuple[tuple[int, ...], ...]:
+        gpu = self._shard.device.type == "cuda"
+        wanted = gpu if mapped is None else mapped
+        payloads = self._supply.mapped(self._records, gpu) if wanted else None
+        if payloads is None:
+            self._read(readers)
+        else:
+            self._fetch(payloads)
+        self._repair(repair)
+        return tuple(self._sums[index] for index in range(len(self._records)))
+
+    def _fetch(self, payloads: Sequence[torch.Tensor]) -> None:
+        """The device takes payloads from where they lie, while headers are checked here."""
+        shard, done = self._shard, 0
+        lengths = [record.span.tokens for record in self._records]
+        load = batches(lengths, shard.bytes_of, self._first_row, FETCH_BYTES)
+        for sums in fetched_sums(payloads, load, reserved_layers(shard), shard.specs, BUFFERS):
+            for index, found in enumerate(sums, done):
+                try:
+                    had = self._supply.head(self._records[index])
+                except (CorruptPage, StoreError) as error:
+                    self._lost.append(_Lost(index, error))
+                    continue
+                if had.road:  # its frame in the mapped memory is not whole
+                    self._settle_by(index, had.road)
+                else:
+                    self._settle(index, had, found)
+            done += len(sums)
+
+    def _read(self, readers: int) -> None:
+        """Threads read the payloads, and verify them before they go to their rows."""
         pool = ThreadPoolExecutor(readers, "open")
         try:
             if self._shard.device.type == "cpu":
@@ -127,8 +168,6 @@ class _Loading:
         sums = self._early or dict(enumerate(self._shard.reserved_plane_sums()))
         for index, had in sorted(self._had.items()):
             self._settle(index, had, sums[index])
-        self._repair(repair)
-        return tuple(self._sums[index] for index in range(len(self._records)))
 
     def _read_pages(self, pool: ThreadPoolExecutor, buffers: int) -> None:
         """Each to its reserved rows, verified on the way, and summed there."""
@@ -208,8 +247,9 @@ class _Loading:
                 room = memoryview(bytearray(aligned(record.payload_bytes)))
                 try:
                     had = self._supply.page(record, room, road)
-                except (CorruptPage, StoreError):
-                    self._lost.append(_Lost(index, error))
+                except (CorruptPage, StoreError) as missing:
+                    why = missing if isinstance(missing, CorruptPage) else error
+                    self._lost.append(_Lost(index, why))
                     return
                 road = had.road
                 sums = self._fill(index, room[: record.payload_bytes])
@@ -217,6 +257,17 @@ class _Loading:
                 self._sums[index] = had.header.plane_sums
                 self._supply.counters.add(VERIFIED, self._supply.road(road))
                 return
+
+    def _settle_by(self, index: int, road: int) -> None:
+        """Read the page by a road not before `road`, then settle it."""
+        record = self._records[index]
+        room = memoryview(bytearray(aligned(record.payload_bytes)))
+        try:
+            had = self._supply.page(record, room, road)
+        except (CorruptPage, StoreError) as error:
+            self._lost.append(_Lost(index, error))
+        else:
+            self._settle(index, had, self._fill(index, room[: record.payload_bytes]))
 
     def _fill(self, index: int, payload: memoryview) -> list[int]:
         """One payload into its rows; the sums of these."""

@@ -10,7 +10,7 @@ A page may lie in several tiers and in several encodings: `form_id` tells these 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import xxhash
@@ -21,6 +21,8 @@ from ringspan.kvstore.tiers.ids import PageId as PageId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import torch
 
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.page import Origin, Page, PageForm, PageHeader
@@ -61,6 +63,15 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """May be repeated."""
+
+
+@runtime_checkable
+class MapsFrames(Protocol):
+    """A reader whose frames lie in memory of this process, where a device can fetch them."""
+
+    def mapped(self, records: Sequence[PageRecord], pinned: bool) -> list[torch.Tensor] | None:
+        """The payloads where they lie, uint8 [payload bytes], not verified; None unless all are
+        there, or where they were to be pinned and cannot be. Valid until the reader is closed."""
 
 
 class Tier(Protocol):

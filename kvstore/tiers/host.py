@@ -24,9 +24,12 @@ from ringspan.errors import CorruptPage, StoreError
 from ringspan.kvstore.frame import ALIGN, aligned, decode_head, encode_head
 from ringspan.kvstore.tiers import host_wire as wire
 from ringspan.kvstore.tiers.base import PageId, PageMissing, TierStat, page_id
+from ringspan.kvstore.tiers.pinned import mapped_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import torch
 
     from ringspan.cluster.messages import PageRecord
     from ringspan.kvstore.page import Page, PageHeader
@@ -40,6 +43,8 @@ TIMEOUT_S = 30.0
 """For one reply."""
 WRITERS = min(4, os.cpu_count() or 1)
 """Threads that copy frames; one does about 5 GB/s."""
+PINNERS = min(8, os.cpu_count() or 1)
+"""Threads that map slabs and pin them."""
 _ZEROS = bytes(ALIGN)
 _MADV_POPULATE_READ = 22
 """Linux 5.14: maps the pages of a range at once, where reading them would fault for each."""
@@ -147,6 +152,13 @@ class HostTier:
 
     def frame_bytes(self, place: wire.Place) -> np.ndarray:
         return self._frame(place)
+
+    def mapped_slab(self, place: wire.Place, pinned: bool) -> torch.Tensor | None:
+        """uint8 of a whole slab; None where it is gone or cannot be pinned."""
+        try:
+            return mapped_file(self._slab(place).fd, pinned)
+        except (OSError, StoreError):
+            return None
 
     def _frame(self, place: wire.Place) -> np.ndarray:
         """uint8 [frame bytes], the slot itself. Raises `PageMissing` where the slab is gone."""
@@ -297,6 +309,28 @@ class HostReader:
         begin = record.frame_bytes - aligned(record.payload_bytes) + first
         part = self._frame(record)[begin : begin + room.nbytes]
         np.copyto(np.frombuffer(room, np.uint8), part)
+
+    def mapped(self, records: Sequence[PageRecord], pinned: bool) -> list[torch.Tensor] | None:
+        """See `MapsFrames`; slabs are mapped, and pinned, several at a time."""
+        wanted: dict[str, wire.Place] = {}
+        for record in records:
+            place = self._places.get(record.key)
+            if place is None or place.frame_bytes != record.frame_bytes:
+                return None
+            wanted.setdefault(place.slab, place)
+        with ThreadPoolExecutor(PINNERS, "host-map") as pool:
+            slabs = pool.map(lambda p: self._tier.mapped_slab(p, pinned), wanted.values())
+            views = dict(zip(wanted, slabs, strict=True))
+        found: list[torch.Tensor] = []
+        for record in records:
+            place = self._places[record.key]
+            slab = views[place.slab]
+            end = place.offset + place.frame_bytes
+            first = end - aligned(record.payload_bytes)
+            if slab is None or end > slab.numel() or first < place.offset:
+                return None
+            found.append(slab[first : first + record.payload_bytes])
+        return found
 
     def _frame(self, record: PageRecord) -> np.ndarray:
         place = self._places.get(record.key)

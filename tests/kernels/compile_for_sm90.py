@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from ringspan.kernels.flash_triton import CONFIGS, _flash_kernel
 from ringspan.kernels.merge_triton import _merge_kernel
+from ringspan.kernels.planes_triton import COLUMNS, _copy_planes_kernel, _sum_planes_kernel
 from ringspan.kernels.rms_norm_triton import _rms_norm_kernel, num_warps
 from ringspan.kernels.rope_triton import _rope_kernel
 from ringspan.kernels.sum64_triton import _sum64_kernel
@@ -87,6 +88,16 @@ def all_kernels():
             wide=("first_key",),
             unaligned=("num_words", "row_stride"),
         ),
+    )
+    planes = {"TABLE_COLUMNS": COLUMNS, "BLOCK": 1024, "BLOCKS": 8}
+    pointers = {"table": "i64", "payloads": "i64", "sums": "i64"}
+    yield (
+        "planes copy",
+        compile_kernel(_copy_planes_kernel, pointers, planes, unaligned=("page_words",)),
+    )
+    yield (
+        "planes sum",
+        compile_kernel(_sum_planes_kernel, pointers, planes, unaligned=("num_layers",)),
     )
 
 
