@@ -29,6 +29,7 @@ def _copy_planes_kernel(
     table,
     payloads,
     page_words,
+    first_page,
     TABLE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -36,7 +37,7 @@ def _copy_planes_kernel(
     page = tl.program_id(0).to(tl.int64)
     part = table + tl.program_id(1) * TABLE_COLUMNS
     num_words = tl.load(part + 1)
-    held = tl.load(part).to(tl.pointer_type(tl.int64)) + page * num_words
+    held = tl.load(part).to(tl.pointer_type(tl.int64)) + (first_page + page) * num_words
     payload = payloads + page * page_words + tl.load(part + 2)
     start = tl.program_id(2).to(tl.int64) * (BLOCK * BLOCKS)
     for block in tl.static_range(BLOCKS):
@@ -50,6 +51,7 @@ def _sum_planes_kernel(
     table,
     sums,
     num_layers,
+    first_page,
     TABLE_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -57,7 +59,7 @@ def _sum_planes_kernel(
     page = tl.program_id(0).to(tl.int64)
     part = table + tl.program_id(1) * TABLE_COLUMNS
     num_words = tl.load(part + 1)
-    held = tl.load(part).to(tl.pointer_type(tl.int64)) + page * num_words
+    held = tl.load(part).to(tl.pointer_type(tl.int64)) + (first_page + page) * num_words
     first_key = tl.load(part + 3).to(tl.uint64, bitcast=True)
     start = tl.program_id(2).to(tl.int64) * (BLOCK * BLOCKS)
     acc = tl.zeros([BLOCK], tl.uint64)
@@ -112,31 +114,36 @@ class PlaneTable:
             for flat in tensors
         )
 
-    def copy(self, payloads: torch.Tensor) -> None:
-        """payloads [pages, payload] uint8, rows of any distance in words -> the planes."""
+    def copy(self, payloads: torch.Tensor, first: int = 0) -> None:
+        """payloads [n, payload] uint8, rows of any distance in words -> the planes of pages `first`
+        to first + n."""
         words = payloads.view(torch.int64)
-        if words.shape != (self.pages, self.page_words):
+        if words.shape[1] != self.page_words or not 0 <= first <= self.pages - len(words):
             raise ValueError(
-                f"payloads of {tuple(words.shape)} words for {self.pages} pages of "
-                f"{self.page_words}"
+                f"payloads of {tuple(words.shape)} words for pages {first} on of {self.pages}, of "
+                f"{self.page_words} words"
             )
-        _copy_planes_kernel[self._grid()](
-            self._table, words, words.stride(0),
+        _copy_planes_kernel[self._grid(len(words))](
+            self._table, words, words.stride(0), first,
             TABLE_COLUMNS=COLUMNS, BLOCK=_BLOCK, BLOCKS=_BLOCKS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
 
-    def sums(self) -> torch.Tensor:
-        """Plane sums, int64 [pages, layers], as `kvstore.planes` defines them."""
-        shape = (self.pages, self.num_layers)
+    def sums(self, first: int = 0, pages: int | None = None) -> torch.Tensor:
+        """Plane sums of `pages` pages (all) from `first` on, int64 [pages, layers], as
+        `kvstore.planes` defines them."""
+        count = self.pages - first if pages is None else pages
+        if not 0 <= first <= first + count <= self.pages:
+            raise ValueError(f"{count} pages from {first} on of {self.pages}")
+        shape = (count, self.num_layers)
         sums = torch.full(shape, self._length_term, dtype=torch.int64, device=self._table.device)
-        _sum_planes_kernel[self._grid()](
-            self._table, sums, self.num_layers,
+        _sum_planes_kernel[self._grid(count)](
+            self._table, sums, self.num_layers, first,
             TABLE_COLUMNS=COLUMNS, BLOCK=_BLOCK, BLOCKS=_BLOCKS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
         return sums
 
-    def _grid(self) -> tuple[int, int, int]:
-        return self.pages, self._parts, triton.cdiv(self._most, _BLOCK * _BLOCKS_PER_PROGRAM)
+    def _grid(self, pages: int) -> tuple[int, int, int]:
+        return pages, self._parts, triton.cdiv(self._most, _BLOCK * _BLOCKS_PER_PROGRAM)
 
 
 def _signed(word: int) -> int:

@@ -49,13 +49,15 @@ def fetched_sums(
     link = torch.cuda.Stream(device) if device.type == "cuda" else None
     if link is not None:  # the rooms' memory may still be used by work that was launched before
         link.wait_stream(torch.cuda.current_stream(device))
+    pages = _pages(load, layers, specs)  # before anything is launched: it may wait for the device
     coming: deque[_Coming] = deque()
     try:
         for index, batch in enumerate(load):
             if len(coming) == len(rooms):
                 yield _arrived(coming.popleft())
             room = rooms[index % len(rooms)]
-            coming.append(_fetch(_of(payloads, batch), batch, layers, specs, room, link))
+            part = _of(payloads, batch)
+            coming.append(_fetch(part, batch, *pages[batch.tokens], room, link))
         while coming:
             yield _arrived(coming.popleft())
     finally:
@@ -67,28 +69,42 @@ def _of(payloads: Sequence[torch.Tensor], batch: Batch) -> Sequence[torch.Tensor
     return payloads[batch.first : batch.first + batch.pages]
 
 
+def _pages(
+    load: Sequence[Batch], layers: planes.Layers, specs: Sequence[TensorSpec]
+) -> dict[int, tuple[planes.Pages, int]]:
+    """By tokens of a page: where these pages go, and the first one's row."""
+    found: dict[int, tuple[planes.Pages, int]] = {}
+    for batch in load:
+        if batch.tokens not in found:
+            count = sum(other.pages for other in load if other.tokens == batch.tokens)
+            made = planes.Pages(layers, specs, batch.row, batch.tokens, count)
+            found[batch.tokens] = made, batch.row
+    return found
+
+
 def _fetch(
     payloads: Sequence[torch.Tensor],
     batch: Batch,
-    layers: planes.Layers,
-    specs: Sequence[TensorSpec],
+    pages: planes.Pages,
+    first_row: int,
     room: torch.Tensor,
     link: torch.cuda.Stream | None,
 ) -> _Coming:
     """Launches everything for a batch; `room` is free, since its last batch arrived."""
+    first = (batch.row - first_row) // batch.tokens
     width = payloads[0].numel()
     staged = room[: batch.pages * width].view(batch.pages, width)
     if link is None:
         for row, payload in zip(staged, payloads, strict=True):
             row.copy_(payload)
-        return _Coming(planes.scatter_and_sum(layers, specs, batch.row, batch.tokens, staged), None)
+        return _Coming(pages.fill(first, staged), None)
     device = room.device
     with torch.cuda.stream(link):
         for row, payload in zip(staged, payloads, strict=True):
             row.copy_(payload, non_blocking=True)
     compute = torch.cuda.current_stream(device)
     compute.wait_stream(link)
-    found = planes.scatter_and_sum(layers, specs, batch.row, batch.tokens, staged)
+    found = pages.fill(first, staged)
     sums = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
     sums.copy_(found, non_blocking=True)
     done = torch.cuda.Event()

@@ -35,7 +35,7 @@ def aligned(size_bytes: int) -> int:
 
 def is_zero(data: memoryview) -> bool:
     """Every byte is 0; for the few bytes of a padding."""
-    return not bytes(data).strip(b"\0")
+    return bytes(data) == bytes(len(data))
 
 
 def encode_head(header: PageHeader) -> bytes:

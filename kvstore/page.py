@@ -205,10 +205,10 @@ def verify_header(header: PageHeader) -> None:
         raise CorruptPage(
             f"{name}: {len(header.plane_sums)} plane sums for {form.num_layers} layers"
         )
-    if header.payload_bytes != form.bytes_of(span.tokens):
+    payload_bytes = _payload_bytes(form, span.tokens)
+    if header.payload_bytes != payload_bytes:
         raise CorruptPage(
-            f"{name}: payload of {header.payload_bytes} bytes, its form makes "
-            f"{form.bytes_of(span.tokens)}"
+            f"{name}: payload of {header.payload_bytes} bytes, its form makes {payload_bytes}"
         )
     if header.sealed is not None:
         fault = sealing_fault(header.sealed, header.payload_bytes, form.num_layers)
@@ -240,6 +240,11 @@ def _form_fault(form: PageForm) -> str:
     return ""
 
 
+@lru_cache(maxsize=64)
+def _payload_bytes(form: PageForm, tokens: int) -> int:
+    return form.bytes_of(tokens)
+
+
 def verify_payload(header: PageHeader, payload: memoryview) -> None:
     """Length and xxh3-128 of the payload. Raises `CorruptPage`."""
     if payload.nbytes != header.payload_bytes:
@@ -253,6 +258,8 @@ def verify_payload(header: PageHeader, payload: memoryview) -> None:
 
 def verify_sums(header: PageHeader, sums: Sequence[int]) -> None:
     """Plane sums as computed against the header's. Raises `CorruptPage` naming the layers."""
+    if tuple(sums) == header.plane_sums:
+        return
     bad = [
         layer
         for layer, (wanted, found) in enumerate(zip(header.plane_sums, sums, strict=True))
@@ -273,4 +280,4 @@ def verify_page(page: Page) -> None:
 
 
 def _is_key(text: str) -> bool:
-    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return len(text) == 64 and not text.strip("0123456789abcdef")

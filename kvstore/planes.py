@@ -83,19 +83,26 @@ def scatter(
         held.copy_(payload)
 
 
-def scatter_and_sum(
-    layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, payloads: torch.Tensor
-) -> torch.Tensor:
-    """`scatter`, then the plane sums of these rows: int64 [pages, layers] on their device, which
-    nobody has waited for."""
-    pages = len(payloads)
-    table = _table(layers, specs, row, tokens, pages)
-    aligned = payloads.data_ptr() % 8 == 0 and payloads.stride(0) % 8 == 0
-    if table is not None and aligned:
-        table.copy(payloads)
-        return table.sums()
-    scatter(layers, specs, row, tokens, payloads)
-    return _page_sums(layers, specs, row, tokens, pages)
+class Pages:
+    """Consecutive pages of `tokens` tokens each in a shard's tensors, from `row` on, that payloads
+    go to some at a time; on a GPU in one launch for all layers, and without waiting for it."""
+
+    def __init__(
+        self, layers: Layers, specs: Sequence[TensorSpec], row: int, tokens: int, pages: int
+    ) -> None:
+        self._layers, self._specs, self._row, self._tokens = layers, specs, row, tokens
+        self._table = _table(layers, specs, row, tokens, pages)
+
+    def fill(self, first: int, payloads: torch.Tensor) -> torch.Tensor:
+        """payloads [n, payload] uint8 on the same device -> pages first to first + n; plane sums of
+        these rows as they are then, int64 [n, layers] there."""
+        row = self._row + first * self._tokens
+        pages = len(payloads)
+        if self._table is None or payloads.data_ptr() % 8 or payloads.stride(0) % 8:
+            scatter(self._layers, self._specs, row, self._tokens, payloads)
+            return _page_sums(self._layers, self._specs, row, self._tokens, pages)
+        self._table.copy(payloads, first)
+        return self._table.sums(first, pages)
 
 
 def page_sums(

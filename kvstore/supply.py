@@ -97,16 +97,19 @@ class Supply:
         """Its header alone; the payload is not looked at."""
         return self._try(record, first_road, None, self._cipher)
 
-    def mapped(self, records: Sequence[PageRecord], pinned: bool) -> list[torch.Tensor] | None:
+    def mapped(
+        self, records: Sequence[PageRecord], pinned: bool, at_once: bool
+    ) -> list[torch.Tensor] | None:
         """Payloads in the memory of the first road, uint8 [payload bytes], not verified: whoever
         takes them compares plane sums, and reads by `page` what differs. None where the road has
-        not all of them in memory, one is in quarantine, or they must be decrypted."""
+        not all of them in memory, one is in quarantine, or they must be decrypted; see
+        `MapsFrames`."""
         reader = self._readers[0] if self._readers else None
         if not isinstance(reader, MapsFrames) or self.manifest.encrypted:
             return None
         if any(self._quarantine.holds(reader, record) for record in records):
             return None
-        return reader.mapped(records, pinned)
+        return reader.mapped(records, pinned, at_once)
 
     def part(self, record: PageRecord, road: int, room: memoryview, first: int) -> None:
         """Bytes of the payload from `first` on by this road; not verified, but where they are

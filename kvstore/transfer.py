@@ -82,7 +82,8 @@ def load_shard(
 
     root: of the store. records: of the manifest, in position order. supply: the roads to read by,
     closed here whatever happens; None: the tiers that hold the context. mapped: whether payloads
-    are fetched from mapped memory where there is some; None: by a GPU. Raises `CorruptPage` naming
+    are fetched from mapped memory where there is some; None: by a GPU, from what is read often.
+    Raises `CorruptPage` naming
     the page and what differs, `StoreError` when a file cannot be read, `BadInput` when the shard is
     of another form; the shard is then as before.
     """
@@ -129,7 +130,8 @@ class _Loading:
     ) -> tuple[tuple[int, ...], ...]:
         gpu = self._shard.device.type == "cuda"
         wanted = gpu if mapped is None else mapped
-        payloads = self._supply.mapped(self._records, gpu) if wanted else None
+        at_once = mapped is not None
+        payloads = self._supply.mapped(self._records, gpu, at_once) if wanted else None
         if payloads is None:
             self._read(readers)
         else:

@@ -206,6 +206,14 @@ class DeviceRoad:
         self._to = torch.zeros(size, dtype=torch.uint8, device=self._device)
 
     def restore(self) -> float:
+        """Fetched by the device; the first time it pins the slabs too."""
+        return self._restore(None if self._device.type == "cpu" else True)
+
+    def first(self) -> float:
+        """As what was never read before is restored: through a copy."""
+        return self._restore(False)
+
+    def _restore(self, mapped: bool | None) -> float:
         stored, shard = self._stored, self._shard
         records = stored.manifest.pages
         shard.cancel()
@@ -213,7 +221,7 @@ class DeviceRoad:
         began = time.perf_counter()
         reader = self._tier.reading(self._form, records)
         supply = Supply(stored.manifest, [reader], NO_QUARANTINE, StoreCounters())
-        load_shard(stored.store.root, stored.manifest, records, shard, supply=supply)
+        load_shard(stored.store.root, stored.manifest, records, shard, supply=supply, mapped=mapped)
         self._wait()
         took = time.perf_counter() - began
         check_same(stored.shard, shard)

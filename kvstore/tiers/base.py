@@ -69,9 +69,12 @@ class Reader(Protocol):
 class MapsFrames(Protocol):
     """A reader whose frames lie in memory of this process, where a device can fetch them."""
 
-    def mapped(self, records: Sequence[PageRecord], pinned: bool) -> list[torch.Tensor] | None:
+    def mapped(
+        self, records: Sequence[PageRecord], pinned: bool, at_once: bool
+    ) -> list[torch.Tensor] | None:
         """The payloads where they lie, uint8 [payload bytes], not verified; None unless all are
-        there, or where they were to be pinned and cannot be. Valid until the reader is closed."""
+        there, or where they were to be pinned and are not: pinning pays for what is read often,
+        unless it is wanted `at_once`. Valid until the reader is closed."""
 
 
 class Tier(Protocol):

@@ -24,7 +24,7 @@ from ringspan.errors import CorruptPage, StoreError
 from ringspan.kvstore.frame import ALIGN, aligned, decode_head, encode_head
 from ringspan.kvstore.tiers import host_wire as wire
 from ringspan.kvstore.tiers.base import PageId, PageMissing, TierStat, page_id
-from ringspan.kvstore.tiers.pinned import mapped_file
+from ringspan.kvstore.tiers.pinned import PATIENCE, mapped_file, unmap_gone
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -153,10 +153,10 @@ class HostTier:
     def frame_bytes(self, place: wire.Place) -> np.ndarray:
         return self._frame(place)
 
-    def mapped_slab(self, place: wire.Place, pinned: bool) -> torch.Tensor | None:
-        """uint8 of a whole slab; None where it is gone or cannot be pinned."""
+    def mapped_slab(self, place: wire.Place, pinned: bool, patience: int) -> torch.Tensor | None:
+        """uint8 of a whole slab; None where it is gone or not pinned."""
         try:
-            return mapped_file(self._slab(place).fd, pinned)
+            return mapped_file(self._slab(place).fd, pinned, patience)
         except (OSError, StoreError):
             return None
 
@@ -310,16 +310,22 @@ class HostReader:
         part = self._frame(record)[begin : begin + room.nbytes]
         np.copyto(np.frombuffer(room, np.uint8), part)
 
-    def mapped(self, records: Sequence[PageRecord], pinned: bool) -> list[torch.Tensor] | None:
-        """See `MapsFrames`; slabs are mapped, and pinned, several at a time."""
+    def mapped(
+        self, records: Sequence[PageRecord], pinned: bool, at_once: bool
+    ) -> list[torch.Tensor] | None:
+        """See `MapsFrames`; several slabs are pinned at a time."""
         wanted: dict[str, wire.Place] = {}
         for record in records:
             place = self._places.get(record.key)
             if place is None or place.frame_bytes != record.frame_bytes:
                 return None
             wanted.setdefault(place.slab, place)
-        with ThreadPoolExecutor(PINNERS, "host-map") as pool:
-            slabs = pool.map(lambda p: self._tier.mapped_slab(p, pinned), wanted.values())
+        unmap_gone()
+        patience = 0 if at_once else PATIENCE
+        with ThreadPoolExecutor(PINNERS, "host-pin") as pool:
+            slabs = pool.map(
+                lambda place: self._tier.mapped_slab(place, pinned, patience), wanted.values()
+            )
             views = dict(zip(wanted, slabs, strict=True))
         found: list[torch.Tensor] = []
         for record in records:

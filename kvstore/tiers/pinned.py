@@ -1,8 +1,9 @@
 """Shared memory that a GPU copies out of: files mapped and pinned once a process.
 
-Pinning takes longer than copying once, so what was pinned stays so until its file is gone: a
-context that is opened again comes at the link's speed from its first byte. Pinned memory is memory
-of the host store, which holds it anyway; nothing is taken in addition.
+Pinning takes as long as two to four copies of the same bytes by threads, so a file is pinned when
+it was copied out of twice, and stays so until it is gone: a context that is opened again and again
+comes at the link's speed, one that is opened once is not held up. Pinned memory is memory of the
+host store, which holds it anyway; nothing is taken in addition.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 
 log = logging.getLogger("ringspan.pinned")
 
+PATIENCE = 2
+"""How often a file is copied out of before it is pinned."""
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every device of the process."""
 
@@ -48,11 +51,14 @@ class _Mapped:
             raise
         self.is_pinned = False
         self.refused = False
+        self.copies = 0
         self.lock = threading.Lock()
 
-    def pin(self) -> bool:
+    def pin(self, patience: int) -> bool:
         with self.lock:
-            if not (self.is_pinned or self.refused):
+            if not self.is_pinned and self.copies < patience:
+                self.copies += 1
+            elif not (self.is_pinned or self.refused):
                 self.is_pinned = pin(self.data.data_ptr(), self.data.numel())
                 self.refused = not self.is_pinned
                 if self.refused:
@@ -79,18 +85,23 @@ _files: dict[tuple[int, int], _Mapped] = {}
 _lock = threading.Lock()
 
 
-def mapped_file(fd: int, pinned: bool) -> torch.Tensor | None:
-    """uint8 of a whole file that is open for reading and writing, mapped once a process; None where
-    it was to be pinned and cannot be. Raises OSError, ValueError (an empty file).
+def mapped_file(fd: int, pinned: bool, patience: int = 0) -> torch.Tensor | None:
+    """uint8 of a whole file that is open for reading and writing, mapped once a process.
 
-    What lies in files that are gone is unmapped here.
+    pinned: None is given where it is not pinned: it cannot be, or was asked for no more than
+    `patience` times yet. Raises OSError, ValueError (an empty file).
     """
     stat = os.fstat(fd)
     key = stat.st_dev, stat.st_ino
     with _lock:
-        for old in [old for old, file in _files.items() if file.gone]:
-            _files.pop(old).close()
         file = _files.get(key)
         if file is None:
             file = _files[key] = _Mapped(fd)
-    return file.data if not pinned or file.pin() else None
+    return file.data if not pinned or file.pin(patience) else None
+
+
+def unmap_gone() -> None:
+    """Of files that were removed."""
+    with _lock:
+        for old in [old for old, file in _files.items() if file.gone]:
+            _files.pop(old).close()

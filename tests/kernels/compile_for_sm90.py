@@ -93,11 +93,15 @@ def all_kernels():
     pointers = {"table": "i64", "payloads": "i64", "sums": "i64"}
     yield (
         "planes copy",
-        compile_kernel(_copy_planes_kernel, pointers, planes, unaligned=("page_words",)),
+        compile_kernel(
+            _copy_planes_kernel, pointers, planes, unaligned=("page_words", "first_page")
+        ),
     )
     yield (
         "planes sum",
-        compile_kernel(_sum_planes_kernel, pointers, planes, unaligned=("num_layers",)),
+        compile_kernel(
+            _sum_planes_kernel, pointers, planes, unaligned=("num_layers", "first_page")
+        ),
     )
 
 

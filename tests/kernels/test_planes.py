@@ -44,7 +44,8 @@ def test_pages_copied_and_summed_at_once_are_those_of_a_copy_and_a_sum_each(held
     wide = torch.randint(0, 256, (3, width + 64), dtype=torch.uint8, generator=generator)
     payloads = wide.to(device)[:, :width]  # rows that lie apart
     table = table_of(layers, specs, 128, 3)
-    table.copy(payloads)
+    table.copy(payloads[:1])
+    table.copy(payloads[1:], 1)
     back = torch.zeros(3, width, dtype=torch.uint8, device=device)
     planes.gather(layers, specs, 128, 128, back)
     assert torch.equal(back, payloads)
@@ -53,6 +54,7 @@ def test_pages_copied_and_summed_at_once_are_those_of_a_copy_and_a_sum_each(held
     ]
     found = table.sums().cpu()
     assert [[int(x) % 2**64 for x in row] for row in found] == wanted
+    assert torch.equal(table.sums(1, 1).cpu(), found[1:2])
     for tensors in layers:
         for tensor, spec in zip(tensors, specs, strict=True):
             before = tensor[: spec.units(128)]
@@ -71,5 +73,11 @@ def test_a_sum_of_one_plane_is_sum64s(device):
 
 def test_other_payloads_are_refused(held, device):
     layers, specs = held
-    with pytest.raises(ValueError, match="words for 2 pages"):
-        table_of(layers, specs, 0, 2).copy(torch.zeros(2, 64, dtype=torch.uint8, device=device))
+    table = table_of(layers, specs, 0, 2)
+    with pytest.raises(ValueError, match=r"\(2, 8\) words"):
+        table.copy(torch.zeros(2, 64, dtype=torch.uint8, device=device))
+    width = table.page_words * 8
+    with pytest.raises(ValueError, match="pages 1 on of 2"):
+        table.copy(torch.zeros(2, width, dtype=torch.uint8, device=device), 1)
+    with pytest.raises(ValueError, match="2 pages from 1 on"):
+        table.sums(1, 2)
