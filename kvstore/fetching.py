@@ -1,7 +1,7 @@
 """Payloads out of pinned host memory to a shard's rows, by the device itself.
 
-Three batches are on their way: one is copied over the link, one goes from its buffer to the rows
-and is summed there, and one is looked at by whoever asked.
+Several batches are on their way: one is copied over the link while another, which went from its
+buffer to the rows and was summed there, is looked at by whoever asked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fetched_sums(
     caller looks at one batch the others go on.
     """
     device = layers[0][0].device
-    most = max((sum(p.numel() for p in _of(payloads, batch)) for batch in load), default=0)
+    most = max((batch.pages * payloads[batch.first].numel() for batch in load), default=0)
     rooms = [
         torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(buffers, len(load)))
     ]
@@ -66,7 +66,7 @@ def fetched_sums(
 
 
 def _of(payloads: Sequence[torch.Tensor], batch: Batch) -> Sequence[torch.Tensor]:
-    return payloads[batch.first : batch.first + batch.pages]
+    return [payloads[index] for index in range(batch.first, batch.first + batch.pages)]
 
 
 def _pages(

@@ -99,7 +99,7 @@ class Supply:
 
     def mapped(
         self, records: Sequence[PageRecord], pinned: bool, at_once: bool
-    ) -> list[torch.Tensor] | None:
+    ) -> Sequence[torch.Tensor] | None:
         """Payloads in the memory of the first road, uint8 [payload bytes], not verified: whoever
         takes them compares plane sums, and reads by `page` what differs. None where the road has
         not all of them in memory, one is in quarantine, or they must be decrypted; see
@@ -196,8 +196,8 @@ class Supply:
 def check_context(header: PageHeader, manifest: Manifest, where: str) -> None:
     """The page is this context's: origin, form and the page before it. Raises `CorruptPage`."""
     origin = as_sealed(header.origin)
-    other = differences(manifest.origin, origin) or differences(manifest.form, header.form)
-    if other:
+    if (origin, header.form) != (manifest.origin, manifest.form):
+        other = differences(manifest.origin, origin) or differences(manifest.form, header.form)
         raise CorruptPage(f"{where}: is a page of another context: {other}")
     index = header.span.start // manifest.page_tokens
     parent = manifest.pages[index - 1].key if index else header.parent_key

@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 
 BUFFERS = 3
 """Batches on their way at a time."""
-FETCH_BYTES = 128 << 20
-"""Of payloads in one batch that a device fetches: a buffer of its own memory each."""
+FETCHES = 2
+"""Batches that a device fetches at a time, each with a buffer of its own memory."""
+FETCH_BYTES = 256 << 20
+"""Of payloads in one of them."""
 READERS = 8
 """Threads that read and hash; one does 1 to 5 GB/s."""
 
@@ -97,12 +99,14 @@ def load_shard(
                 f"{differences(shard.form, manifest.form)}"
             )
         folder = root / "contexts" / manifest.context_id
-        read_tokens(folder / TOKENS, manifest)
+        aside = stack.enter_context(ThreadPoolExecutor(1, "open-tokens"))
+        tokens = aside.submit(read_tokens, folder / TOKENS, manifest)
         if supply is None:
             supply = stack.enter_context(context_supply(root, manifest, records))
         shard.reserve(coalesce(record.span for record in records))
         try:
             sums = _Loading(supply, records, shard).run(readers, repair, mapped)
+            tokens.result()  # raises where they are not the manifest's
         except BaseException:
             shard.cancel()
             raise
@@ -144,7 +148,7 @@ class _Loading:
         shard, done = self._shard, 0
         lengths = [record.span.tokens for record in self._records]
         load = batches(lengths, shard.bytes_of, self._first_row, FETCH_BYTES)
-        for sums in fetched_sums(payloads, load, reserved_layers(shard), shard.specs, BUFFERS):
+        for sums in fetched_sums(payloads, load, reserved_layers(shard), shard.specs, FETCHES):
             for index, found in enumerate(sums, done):
                 try:
                     had = self._supply.head(self._records[index])

@@ -71,7 +71,7 @@ class MapsFrames(Protocol):
 
     def mapped(
         self, records: Sequence[PageRecord], pinned: bool, at_once: bool
-    ) -> list[torch.Tensor] | None:
+    ) -> Sequence[torch.Tensor] | None:
         """The payloads where they lie, uint8 [payload bytes], not verified; None unless all are
         there, or where they were to be pinned and are not: pinning pays for what is read often,
         unless it is wanted `at_once`. Valid until the reader is closed."""

@@ -14,9 +14,10 @@ import mmap
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from ringspan.kvstore.tiers.base import PageId, PageMissing, TierStat, page_id
 from ringspan.kvstore.tiers.pinned import PATIENCE, mapped_file, unmap_gone
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     import torch
 
@@ -277,6 +278,28 @@ class _Slab:
             os.close(self.fd)
 
 
+class _Parts(Sequence["torch.Tensor"]):
+    """Parts of slabs, cut when they are asked for: while others are on their way."""
+
+    def __init__(self, parts: list[tuple[torch.Tensor, int, int]]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, at: int) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> _Parts: ...
+
+    def __getitem__(self, at: int | slice) -> torch.Tensor | _Parts:
+        if isinstance(at, slice):
+            return _Parts(self._parts[at])
+        slab, first, stop = self._parts[at]
+        return slab[first:stop]
+
+
 class HostReader:
     """Leased pages of a host store."""
 
@@ -312,7 +335,7 @@ class HostReader:
 
     def mapped(
         self, records: Sequence[PageRecord], pinned: bool, at_once: bool
-    ) -> list[torch.Tensor] | None:
+    ) -> Sequence[torch.Tensor] | None:
         """See `MapsFrames`; several slabs are pinned at a time."""
         wanted: dict[str, wire.Place] = {}
         for record in records:
@@ -327,7 +350,7 @@ class HostReader:
                 lambda place: self._tier.mapped_slab(place, pinned, patience), wanted.values()
             )
             views = dict(zip(wanted, slabs, strict=True))
-        found: list[torch.Tensor] = []
+        parts: list[tuple[torch.Tensor, int, int]] = []
         for record in records:
             place = self._places[record.key]
             slab = views[place.slab]
@@ -335,8 +358,8 @@ class HostReader:
             first = end - aligned(record.payload_bytes)
             if slab is None or end > slab.numel() or first < place.offset:
                 return None
-            found.append(slab[first : first + record.payload_bytes])
-        return found
+            parts.append((slab, first, first + record.payload_bytes))
+        return _Parts(parts)
 
     def _frame(self, record: PageRecord) -> np.ndarray:
         place = self._places.get(record.key)
