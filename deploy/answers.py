@@ -7,7 +7,7 @@ continued word for word. A model without a tokenizer takes and gives token ids, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ringspan.deploy.record import Answered
@@ -149,6 +149,20 @@ class Spoken:
             finish_reason=self._reason,
             long_turn=self._long_turn,
         )
+
+
+def pace(answers: Sequence[Answered]) -> str:
+    """One line: how long the first tokens took, and those after them."""
+    first = min(answer.first_token_s for answer in answers)
+    took = max(answer.elapsed_s for answer in answers)
+    tokens = sum(answer.answer_tokens for answer in answers)
+    after = tokens - len(answers)
+    line = f"{tokens:,} tokens: the first after {first:.2f} s"
+    if len(answers) > 1:
+        line = f"{len(answers)} answers at once, " + line
+    if after and took > first:
+        line += f", then {1e3 * (took - first) / after:.1f} ms a token"
+    return line
 
 
 def in_order(answers: dict[str, Spoken], tokens: Iterable[TokenChunk]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 import typer
 
-from ringspan.deploy.answers import Spoken, Voice, in_order, voice_for
+from ringspan.deploy.answers import Spoken, Voice, in_order, pace, voice_for
 from ringspan.deploy.checks import check_gang
 from ringspan.deploy.commands import options
 from ringspan.deploy.commands.contexts import existing
@@ -108,6 +108,7 @@ def ask(
         controller = Controller(gang, folder, namespace=bytes.fromhex(manifest.namespace))
         with record.phase("open"):
             handle = controller.open(manifest.context_id, fidelity, codec or "")
+        _say(f"opened context {handle.context_id} in {record.phases[-1].elapsed_s:.1f} s")
         _say_roads(handle)
         sampling = Sampling(max_tokens, temperature, top_p, seed)
         if together and not chat and len(given) > 1:
@@ -136,13 +137,15 @@ def _say_roads(handle: ContextHandle) -> None:
         f"{kind} {', '.join(f'{pages} by {road}' for road, pages in roads.items())}"
         for kind, roads in handle.pages.items()
     )
-    print(
+    _say(
         f"context {handle.context_id} had damaged pages: {counts}; {handle.recomputed} computed "
         f"again before it was opened"
-        + (f"; mend it in place: ringspan contexts repair {handle.context_id}" if repaired else ""),
-        file=sys.stderr,
-        flush=True,
+        + (f"; mend it in place: ringspan contexts repair {handle.context_id}" if repaired else "")
     )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Sampling(NamedTuple):
@@ -170,7 +173,9 @@ def _answer(
     ):
         print(spoken.push(token), end="", flush=True)
     print(flush=True)
-    return spoken.answered()
+    answered = spoken.answered()
+    _say(pace([answered]))
+    return answered
 
 
 def _together(
@@ -190,7 +195,9 @@ def _together(
         print(piece, end="", flush=True)
     for session in answers:
         controller.end_session(session)
-    return [spoken.answered() for spoken in answers.values()]
+    answered = [spoken.answered() for spoken in answers.values()]
+    _say(pace(answered))
+    return answered
 
 
 def _check_sampling(max_tokens: int, temperature: float, top_p: float) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ringspan.cluster.messages import TokenChunk
-from ringspan.deploy.answers import NumberStream, Spoken, Voice, in_order, numbers
+from ringspan.deploy.answers import NumberStream, Spoken, Voice, in_order, numbers, pace
+from ringspan.deploy.record import Answered
 
 VOICE = Voice(numbers, numbers, NumberStream, stop_ids=(9,))
 
@@ -32,3 +33,21 @@ def test_answers_are_printed_in_the_order_of_their_questions() -> None:
         ("30", 1, "length"),
     ]
     assert all(0 < one.first_token_s <= one.elapsed_s for one in told)
+
+
+def answered(first_s: float, elapsed_s: float, tokens: int) -> Answered:
+    return Answered(
+        question="q", answer="a", question_tokens=3, answer_tokens=tokens, first_token_s=first_s,
+        elapsed_s=elapsed_s, finish_reason="length",
+    )  # fmt: skip
+
+
+def test_the_pace_of_answers_is_told_in_a_line() -> None:
+    assert (
+        pace([answered(0.5, 2.5, 101)])
+        == "101 tokens: the first after 0.50 s, then 20.0 ms a token"
+    )
+    assert pace([answered(0.5, 0.5, 1)]) == "1 tokens: the first after 0.50 s"
+    both = [answered(0.5, 2.5, 101), answered(1.0, 4.5, 101)]
+    wanted = "2 answers at once, 202 tokens: the first after 0.50 s, then 20.0 ms a token"
+    assert pace(both) == wanted

@@ -88,8 +88,10 @@ def test_questions_of_a_pipe_are_answered_and_a_chat_goes_on(
         monkeypatch.setattr("sys.stdin", io.StringIO("5 17\n\n5 17\n"))
         ask = ["ask", made[1], "--local", "--ranks", "1", "--max-tokens", "3", *chat]
         assert cli.run(ask) == 0
-        lines = capsys.readouterr().out.splitlines()
+        said = capsys.readouterr()
+        lines = said.out.splitlines()
         answers.append((lines[1], lines[4]))
+        assert "3 tokens: the first after" in said.err
     assert answers[0][0] == answers[0][1] == answers[1][0]  # fresh sessions answer alike
     assert answers[1][1] != answers[1][0]  # a session that goes on has read more
 
