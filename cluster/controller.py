@@ -74,6 +74,7 @@ from ringspan.kvstore.fidelity import (
 )
 from ringspan.kvstore.folder import Store
 from ringspan.kvstore.forms import second_form
+from ringspan.kvstore.handoff import HandoffPlan
 from ringspan.kvstore.keys import PUBLIC_NAMESPACE, context_id, page_keys
 from ringspan.kvstore.manifest import Manifest
 from ringspan.kvstore.page import Origin, PageForm
@@ -229,7 +230,8 @@ class Controller:
         if store is not None:
             left = left_behind(store, plan, options, self._namespace, self._gang.world_size)
             need_bytes = store_bytes(plan, kv_bytes(plan, self.facts), self._gang.world_size)
-            store.check_room(need_bytes, None if left is None else left.folder)
+            going_on_with = None if left is None else left.folder
+            store.check_room(need_bytes, going_on_with, in_use=self._directory.in_use)
         self._let_go(plan.context_id)
         write = self._known.begin(plan.context_id, keys, plan.num_tokens)
         try:
@@ -373,6 +375,33 @@ class Controller:
         an answer reads it."""
         if self._let_go(name):
             self._gang.call("drop", name, timeout_s=TIDY_TIMEOUT_S, what=f"dropping context {name}")
+
+    def take_over(
+        self, plan: HandoffPlan, token_ids: np.ndarray, opened: Sequence[ShardOpened]
+    ) -> ContextHandle:
+        """The gang holds, since a hand-off by this plan ended, a context of these tokens (int32
+        [n]), verified on every rank: it may be asked from now on."""
+        name = plan.fence.context_id
+        keys = page_keys(self.facts.fingerprint, self._namespace, token_ids, plan.form.page_tokens)
+        write = self._known.begin(name, keys, plan.num_tokens)
+        kept = fidelity_of(plan.form, plan.origin)
+        kv_held = sum(shard.kv_bytes for shard in opened)
+        try:
+            self._known.arrived(write, name, keys, plan.form, kept, kv_held)
+        except BaseException as error:
+            self._known.failed(write)
+            if isinstance(error, Exception):
+                self._forget_quietly(name)
+            raise
+        self._contexts[name] = ContextHandle(
+            context_id=name,
+            num_tokens=plan.num_tokens,
+            codec=plan.form.codec,
+            kv_bytes=kv_held,
+            fidelity=kept,
+            pages=added(shard.pages for shard in opened),
+        )
+        return self._contexts[name]
 
     # answers
 

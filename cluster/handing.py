@@ -23,7 +23,7 @@ from ringspan.cluster.gang import Gang, Pending
 from ringspan.cluster.handoff import STRETCH_PAGES, Offer
 from ringspan.cluster.messages import ShardOpened
 from ringspan.errors import PeerTimeout, RankLost, RingspanError, StoreError
-from ringspan.kvstore.handoff import TIMEOUT_S, HandoffPlan, Moved, error_of
+from ringspan.kvstore.handoff import JOIN_TIMEOUT_S, TIMEOUT_S, HandoffPlan, Moved, error_of
 from ringspan.types import Span
 
 BEGIN_TIMEOUT_S = 120.0
@@ -75,6 +75,7 @@ class HandingOver:
         namespace: str = "",
         layout: str = "contiguous",
         timeout_s: float = TIMEOUT_S,
+        join_timeout_s: float = JOIN_TIMEOUT_S,
     ) -> Self:
         """After `begin_prefill` on the sending gang, or with a context that it holds complete.
 
@@ -108,6 +109,7 @@ class HandingOver:
             address=address,
             port=port,
             timeout_s=timeout_s,
+            join_timeout_s=join_timeout_s,
         )
         handing = cls(senders, receivers, plan)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._progress: dict[str, tuple[int, int]] = {}
         """Of each prefill that runs: tokens done and bytes sent that were counted."""
+        self._priorities: set[str] = set()
+        """That somebody ever waited with."""
         self._lock = threading.Lock()
         self._prefills = self._counter("prefills", "Prefills that ended", "outcome")
         self._chunks = self._counter("prefill_chunks", "Chunks that every rank was done with")
@@ -76,9 +78,15 @@ class Metrics:
         self._handoff_bytes = self._counter("handoff_bytes", "KV that was handed over")
         self._handoff_bad = self._counter("handoff_bad_pages", "Pages that came wrong and again")
         self._decisions = self._counter("decisions", "Decisions that were logged", "kind")
+        self._answering = self._gauge("answers_running", "Answers that advance together")
+        self._sessions = self._gauge("sessions", "Kept for clients that go on with them")
+        self._held = self._gauge("contexts_held", "Contexts that the gang holds", "kind")
+        self.look: Callable[[], None] = _nothing
+        """Called before each `render`: sets the gauges of what is there now."""
 
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
+        self.look()
         return generate_latest(self.registry)
 
     # prefills
@@ -152,9 +160,19 @@ class Metrics:
             self._tier.labels(tier).set(size)
 
     def queue(self, waiting: Mapping[str, int]) -> None:
-        """By priority, now."""
-        for priority, count in waiting.items():
-            self._waiting.labels(priority).set(count)
+        """By priority, now: priorities that are not named any more have nobody waiting."""
+        with self._lock:
+            self._priorities |= set(waiting)
+            for priority in self._priorities:
+                self._waiting.labels(priority).set(waiting.get(priority, 0))
+
+    def holding(self, answers: int, sessions: int, contexts: Mapping[str, int]) -> None:
+        """Of a service's gang, now. sessions: named ones, between answers too; contexts: `named`
+        ones, which clients can ask, and those of `plain` prompts."""
+        self._answering.set(answers)
+        self._sessions.set(sessions)
+        for kind, count in contexts.items():
+            self._held.labels(kind).set(count)
 
     def handed_over(self, handed: HandedOver) -> None:
         self._handoffs.labels("done").inc()
@@ -180,6 +198,10 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"ringspan_{name}", text, registry=self.registry, buckets=buckets)
+
+
+def _nothing() -> None:
+    pass
 
 
 def write_metrics(metrics: Metrics, path: Path) -> None:

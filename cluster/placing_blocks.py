@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from ringspan.errors import BadInput
 
 ANY = "any"
 
@@ -17,6 +20,19 @@ class Node(NamedTuple):
     rack: str = ""
     pool: str = ANY
     """The role its labels give it: prefills and sessions are placed within a pool."""
+    gangs: tuple[int, ...] = ()
+    """Ranks of each gang that runs on it already, one after the other: then these are its blocks.
+    Empty: any aligned devices may become a gang."""
+
+
+def check_gangs(nodes: Sequence[Node]) -> None:
+    """BadInput for gangs that are not on their node."""
+    for node in nodes:
+        if node.gangs and (min(node.gangs) < 1 or sum(node.gangs) > node.num_devices):
+            raise BadInput(
+                f"gangs of {', '.join(map(str, node.gangs))} ranks on node {node.node_id} with"
+                f" {node.num_devices} devices: wanted gangs of one or more that fit on it"
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -100,3 +116,19 @@ class Device:
     sessions: dict[int, Session] = field(default_factory=dict)
     read_bytes: float = 0.0
     """Of KV by one token of all its sessions."""
+
+
+class Index(NamedTuple):
+    """Blocks of one size of one pool."""
+
+    blocks: list[Block]
+    quiet: OrderedDict[int, Block]
+    decoding: OrderedDict[int, Block]
+    busy: list[tuple[float, int]]
+
+
+def below(block: Block) -> Iterator[Block]:
+    """The block, and all that it is made of."""
+    yield block
+    for child in block.children:
+        yield from below(child)

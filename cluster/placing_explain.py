@@ -50,7 +50,7 @@ def place_of(block: Block, state: ClusterState) -> str:
     names = [state.nodes[number].node_id for number in block.nodes]
     if len(names) > 1:
         return f"{names[0]}..{names[-1]}"
-    first = block.first - state.near(block.nodes[0], 1)[0].first
+    first = block.first - state.first_of[block.nodes[0]]
     if block.size == 1:
         return f"{names[0]} device {first}"
     return f"{names[0]} devices {first}-{first + block.size - 1}"

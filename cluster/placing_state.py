@@ -8,27 +8,30 @@ For each pool (nodes of one role) and size there are three indices: blocks with 
 blocks with sessions but no prefill, and a heap of the others by when their last prefill ends. An
 entry of the heap that is out of date is dropped when it comes up. A change to a block touches the
 blocks that overlap it: 2 * size - 1 below and one a level above.
+
+Where gangs are started already, with a model's weights on their devices, each of them is a block of
+its own, of any size, and nothing overlaps it (`Node.gangs`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
 
-from ringspan.cluster.placing_blocks import Block, Device, Holding, Node, Preemptible, Session
+from ringspan.cluster.placing_blocks import (
+    Block,
+    Device,
+    Holding,
+    Index,
+    Node,
+    Preemptible,
+    Session,
+    below,
+    check_gangs,
+)
 from ringspan.errors import BadInput
-
-
-class _Index(NamedTuple):
-    """Blocks of one size of one pool."""
-
-    blocks: list[Block]
-    quiet: OrderedDict[int, Block]
-    decoding: OrderedDict[int, Block]
-    busy: list[tuple[float, int]]
 
 
 class ClusterState:
@@ -47,11 +50,12 @@ class ClusterState:
         gang has at most so many."""
         if not nodes or any(node.num_devices < 1 for node in nodes):
             raise BadInput("a cluster of no nodes, or a node without devices: nothing to place on")
+        check_gangs(nodes)
         self.nodes = tuple(nodes)
         self.devices: list[Device] = []
         self.node_of: list[int] = []
         self.blocks: list[Block] = []
-        self.index: dict[tuple[str, int], _Index] = {}
+        self.index: dict[tuple[str, int], Index] = {}
         self.holders: dict[str, list[Holding]] = {}
         self.running: dict[int, Preemptible] = {}
         self.host_capacity_bytes = host_bytes
@@ -59,6 +63,9 @@ class ClusterState:
         self.host_used_bytes = [0.0] * len(nodes)
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._of_node: list[dict[int, list[Block]]] = []
+        self._least: list[Block | None] = []
+        """Of each device; None: in no gang."""
+        self.first_of: list[int] = []  # device, by node
         self._build(device_bytes, largest_nodes)
 
     def sizes(self, pool: str) -> tuple[int, ...]:
@@ -188,8 +195,8 @@ class ClusterState:
 
     def lose(self, device: int) -> list[Holding]:
         """The device is gone, and what it held. Returns holdings that are not whole any more."""
-        (block,) = self._of_node[self.node_of[device]][1][device - self._first(device) :][:1]
-        for other in block.overlapping:
+        block = self._least[device]
+        for other in () if block is None else block.overlapping:
             other.lost += 1
             self._refile(other)
         gone = list(self.devices[device].holdings.values())
@@ -200,8 +207,8 @@ class ClusterState:
 
     def regain(self, device: int) -> None:
         """The device is back, empty."""
-        (block,) = self._of_node[self.node_of[device]][1][device - self._first(device) :][:1]
-        for other in block.overlapping:
+        block = self._least[device]
+        for other in () if block is None else block.overlapping:
             other.lost -= 1
             self._refile(other)
             if other.prefills:
@@ -290,9 +297,6 @@ class ClusterState:
             if not found:
                 del self.holders[holding.prefix_id]
 
-    def _first(self, device: int) -> int:
-        return self._of_node[self.node_of[device]][1][0].first
-
     def _refile(self, block: Block) -> None:
         quiet, decoding = self.index[block.pool, block.size][1:3]
         number = block.number
@@ -315,9 +319,14 @@ class ClusterState:
             first = len(self.devices)
             self.devices += [Device(device_bytes) for _ in range(node.num_devices)]
             self.node_of += [number] * node.num_devices
+            self.first_of.append(first)
+            if node.gangs:
+                self._of_node.append(self._gangs(number, node))
+                continue
             level = [
                 self._add(first + k, 1, node.pool, (number,), ()) for k in range(node.num_devices)
             ]
+            self._least += level
             own = {1: level}
             while len(level) > 1:
                 level = self._paired(level)
@@ -335,13 +344,27 @@ class ClusterState:
             while parent is not None:
                 above.append(parent)
                 parent = parent.parent
-            block.overlapping = (*_below(block), *above)
+            block.overlapping = (*below(block), *above)
             self.index[block.pool, block.size].quiet[block.number] = block
+
+    def _gangs(self, number: int, node: Node) -> dict[int, list[Block]]:
+        """Those that run on a node, by size."""
+        own: dict[int, list[Block]] = {}
+        first, end = self.first_of[number], self.first_of[number] + node.num_devices
+        for size in node.gangs:
+            block = self._add(first, size, node.pool, (number,), ())
+            own.setdefault(size, []).append(block)
+            self._least += [block] * size
+            first += size
+        self._least += [None] * (end - first)
+        return own
 
     def _build_rack(self, members: list[int], largest_nodes: int) -> None:
         """Whole nodes of one size that follow each other are paired, and pairs again."""
         level: list[Block] = []
         for number in members:
+            if self.nodes[number].gangs:
+                continue
             count = self.nodes[number].num_devices
             (*_, whole) = self._of_node[number].values()
             if len(whole) == 1 and whole[0].size == count:
@@ -366,12 +389,6 @@ class ClusterState:
         for child in children:
             child.parent = block
         self.blocks.append(block)
-        index = self.index.setdefault((pool, size), _Index([], OrderedDict(), OrderedDict(), []))
+        index = self.index.setdefault((pool, size), Index([], OrderedDict(), OrderedDict(), []))
         index.blocks.append(block)
         return block
-
-
-def _below(block: Block) -> Iterator[Block]:
-    yield block
-    for child in block.children:
-        yield from _below(child)

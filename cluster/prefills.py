@@ -7,7 +7,9 @@ are the same: they stay on the ranks that have them, and only what is new is com
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -17,6 +19,7 @@ from ringspan.attention.audit import Audit
 from ringspan.attention.engine import HeldKeys, PrefillStep, Proof
 from ringspan.attention.group import synchronize
 from ringspan.attention.layout import Deal, deal, positions
+from ringspan.cluster.beginning import begun, origin_of, spans_before
 from ringspan.cluster.device import on_device
 from ringspan.cluster.messages import (
     ChunkDone,
@@ -31,11 +34,11 @@ from ringspan.cluster.opening import copy_pages, open_recoded, open_shard, pool_
 from ringspan.cluster.page_writer import PageWriter, new_segment
 from ringspan.cluster.runtime import Runtime
 from ringspan.errors import BadInput, TooLarge
-from ringspan.kvstore.codecs.registry import codec
 from ringspan.kvstore.encryption import cipher_of
-from ringspan.kvstore.keys import PUBLIC_NAMESPACE, namespace_digest, page_keys
+from ringspan.kvstore.keys import PUBLIC_NAMESPACE, page_keys
 from ringspan.kvstore.manifest import Manifest, assign_pages
 from ringspan.kvstore.page import EXACT, Origin
+from ringspan.kvstore.quota import OpenMark
 from ringspan.kvstore.shard import ContextShard
 from ringspan.kvstore.streamed import StreamedShard
 from ringspan.kvstore.tiers.counters import COUNTERS, StoreCounters
@@ -60,6 +63,8 @@ class HeldContext:
     """Its first pages, which are durable in the staging folder; `saving` writes those behind."""
     staging: str = ""
     """Where `saving` writes."""
+    mark: OpenMark | None = None
+    """Of one that was opened: its stored copy is not evicted meanwhile."""
 
     @property
     def resident(self) -> ContextShard:
@@ -114,6 +119,8 @@ class Contexts:
                 held.saving.abort()
             if isinstance(held.shard, StreamedShard):
                 held.shard.close()
+            if held.mark is not None:
+                held.mark.close()
             self._runtime.pool.free(pool_name(context_id))
 
     def clear(self) -> None:
@@ -124,13 +131,13 @@ class Contexts:
         """Memory for this rank's whole shard of the context."""
         nothing: Deal = ((),) * self._runtime.spec.world_size
         self.begin_as(plan, token_ids, nothing, EXACT)
-        return _begun(plan, nothing, EXACT)
+        return begun(plan, nothing, EXACT)
 
     def begin_on_held(self, plan: PrefillPlan, token_ids: np.ndarray) -> PrefillBegun:
         """`begin` with the pages of a context held here: copied within the rank, the copy's sums
         compared."""
         source = self[plan.prefix_id]
-        prefix = tuple(_before(spans, plan.reused_tokens) for spans in source.held)
+        prefix = tuple(spans_before(spans, plan.reused_tokens) for spans in source.held)
         held = self.begin_as(plan, token_ids, prefix, source.origin.provenance)
         try:
             with on_device(self._runtime.device):
@@ -138,7 +145,7 @@ class Contexts:
         except BaseException:
             self.drop(plan.context_id)
             raise
-        return _begun(plan, prefix, source.origin.provenance)
+        return begun(plan, prefix, source.origin.provenance)
 
     def begin_on_stored(
         self, plan: PrefillPlan, token_ids: np.ndarray, manifest: Manifest, root: str
@@ -151,12 +158,13 @@ class Contexts:
         prefix = tuple(coalesce(record.span for record in records) for records in assigned)
         held = self.begin_as(plan, token_ids, prefix, manifest.origin.provenance)
         try:
-            with on_device(self._runtime.device):
+            mark = OpenMark(Path(root), manifest.context_id)
+            with closing(mark), on_device(self._runtime.device):
                 load_shard(root, manifest, assigned[self._rank], held.resident)
         except BaseException:
             self.drop(plan.context_id)
             raise
-        return _begun(plan, prefix, manifest.origin.provenance)
+        return begun(plan, prefix, manifest.origin.provenance)
 
     def begin_as(
         self,
@@ -184,7 +192,13 @@ class Contexts:
             shard,
             plan.num_tokens,
             prefix,
-            self._origin(plan, provenance),
+            origin_of(
+                plan,
+                namespace_of(plan),
+                provenance,
+                self._runtime.facts,
+                self._runtime.spec.model,
+            ),
             Prefill(plan, token_ids, tuple(keys), prefix),
         )
         self._held[plan.context_id] = held
@@ -347,6 +361,7 @@ class Contexts:
         assigned = assign_pages(manifest, self._runtime.spec.world_size)
         records = assigned[self._rank]
         counters = StoreCounters(within=COUNTERS)
+        mark = OpenMark(Path(root), manifest.context_id)
         shard: ContextShard | StreamedShard
         if codec_name:
             shard, origin = open_recoded(
@@ -356,7 +371,9 @@ class Contexts:
             shard = open_shard(self._runtime, manifest, root, records, counters)
             origin = manifest.origin
         held = tuple(coalesce(record.span for record in records) for records in assigned)
-        self._held[manifest.context_id] = HeldContext(shard, manifest.num_tokens, held, origin)
+        self._held[manifest.context_id] = HeldContext(
+            shard, manifest.num_tokens, held, origin, mark=mark
+        )
         return ShardOpened(
             context_id=manifest.context_id,
             rank=self._rank,
@@ -378,28 +395,6 @@ class Contexts:
 
     def dealt(self, plan: PrefillPlan, chunk: Span) -> Deal:
         return deal(plan.layout, chunk, self._runtime.spec.world_size, plan.page_tokens)
-
-    def _origin(self, plan: PrefillPlan, prefix: tuple[str, ...]) -> Origin:
-        """With a lossy codec every chunk but the first was computed over decoded pages; what the
-        prefix's KV was computed with, the rest was too."""
-        approximations = [name for name in prefix if name not in EXACT]
-        if not codec(plan.codec).exact and (plan.reused_tokens or len(plan.chunks) > 1):
-            approximations.append(f"attended over {plan.codec} pages")
-        return Origin(
-            fingerprint=self._runtime.facts.fingerprint,
-            namespace=namespace_digest(namespace_of(plan)),
-            rope=f"applied, scaling {self._runtime.spec.model.rope_scaling or 'none'}",
-            provenance=tuple(dict.fromkeys(approximations)) or EXACT,
-        )
-
-
-def _begun(plan: PrefillPlan, prefix: Deal, provenance: tuple[str, ...]) -> PrefillBegun:
-    return PrefillBegun(context_id=plan.context_id, prefix=prefix, provenance=provenance)
-
-
-def _before(spans: tuple[Span, ...], stop: int) -> tuple[Span, ...]:
-    """What of `spans` lies before position `stop`."""
-    return coalesce(Span(span.start, min(span.stop, stop)) for span in spans if span.start < stop)
 
 
 def namespace_of(plan: PrefillPlan) -> bytes:

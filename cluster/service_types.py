@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from ringspan.errors import RingspanError
+from ringspan.errors import BadInput, RingspanError
 
 MOST_LOGPROBS = 20
 """Alternatives of one token that can be asked for."""
@@ -38,6 +38,23 @@ class Sampling(NamedTuple):
     logprobs: int = 0
     """So many likeliest alternatives of each token, at most `MOST_LOGPROBS`, and its own
     logprob; 0: neither."""
+
+    def check(self) -> None:
+        """BadInput for what cannot be drawn."""
+        if self.max_tokens < 1:
+            raise BadInput(f"max_tokens {self.max_tokens}: wanted at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise BadInput(
+                f"min_tokens {self.min_tokens}: wanted 0 to max_tokens {self.max_tokens}"
+            )
+        if not self.temperature >= 0:
+            raise BadInput(f"temperature {self.temperature}: wanted 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise BadInput(f"top_p {self.top_p}: wanted more than 0, at most 1")
+        if not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise BadInput(f"logprobs {self.logprobs}: wanted 0 to {MOST_LOGPROBS}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise BadInput(f"seed {self.seed}: wanted a number of 64 bits")
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,12 @@ class TenantLimits:
     """Answers and prefills begun."""
     tokens_per_minute: int = 0
     """Prompt tokens and the most that may be answered, over the last 60 s."""
+    requests_per_minute: int = 0
+    """Answers and prefills that were taken, over the last 60 s."""
+    tokens_in_flight: int = 0
+    """Counted like those of a minute, of requests that have not ended."""
+    contexts: int = 0
+    """That can be asked, or are being made; stored ones too."""
 
 
 class JobState(StrEnum):

@@ -14,6 +14,7 @@ other contexts can begin with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -84,12 +85,22 @@ def value(candidate: Candidate, now_s: float, half_life_s: float = HALF_LIFE_S) 
     return worth_s / max(candidate.size_bytes, 1)
 
 
+def log2_value(candidate: Candidate, now_s: float, half_life_s: float = HALF_LIFE_S) -> float:
+    """Of `value`, which is 0 for whatever nobody used for a week: here it is still told apart."""
+    if candidate.cost_s <= 0:
+        return -math.inf
+    age_s = max(now_s - candidate.last_used_s, 0.0)
+    return (
+        math.log2(candidate.cost_s) - math.log2(max(candidate.size_bytes, 1)) - age_s / half_life_s
+    )
+
+
 def eviction_order(
     candidates: Iterable[Candidate], now_s: float, half_life_s: float = HALF_LIFE_S
 ) -> list[Candidate]:
     """Those that may go, the first to go first. The same candidates in any order give one list."""
     free = [candidate for candidate in candidates if not candidate.in_use]
-    return sorted(free, key=lambda c: (value(c, now_s, half_life_s), -c.position, c.key))
+    return sorted(free, key=lambda c: (log2_value(c, now_s, half_life_s), -c.position, c.key))
 
 
 def victims(

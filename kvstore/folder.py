@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ringspan.errors import BadInput, StoreError, UnknownName
+from ringspan.errors import BadInput, StoreError, TooLarge, UnknownName
 from ringspan.kvstore import staging
 from ringspan.kvstore.audit import Progress, VerifyReport, verify
 from ringspan.kvstore.exchange import swap
@@ -34,11 +34,13 @@ from ringspan.kvstore.manifest import (
     read_manifest,
     sealed,
 )
+from ringspan.kvstore.quota import ROOM, Reservations, evict_contexts, locked
 from ringspan.kvstore.segment import room_bytes, store_error
+from ringspan.kvstore.tiers.evicting import Evicted, InUse, nobody
 from ringspan.kvstore.tokens import TOKENS, encode_tokens, read_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import numpy as np
 
@@ -50,6 +52,7 @@ class Store:
 
     namespaces: whose contexts are seen; None: all, those of tenants locked (`Manifest.locked`).
     quota_bytes: what the files of all contexts, of any namespace, may take; None: all of the disk.
+    Where it is short, contexts that the store shows are evicted (`kvstore.quota`).
     """
 
     def __init__(
@@ -66,15 +69,27 @@ class Store:
         self.root = Path(os.path.abspath(Path(root).expanduser()))
         staging.remove_stale(self.root / "staging")
         staging.remove_stale(self.root / "trash", stale_s=0.0)
+        staging.remove_stale(self.root / "reserved")
+        self._reservations = Reservations(self.root)
 
     # writing
 
-    def check_room(self, need_bytes: int, going_on_with: Path | None = None) -> None:
+    def check_room(
+        self,
+        need_bytes: int,
+        going_on_with: Path | None = None,
+        *,
+        keep: Collection[str] = (),
+        in_use: InUse = nobody,
+    ) -> Evicted:
         """The folder can be made and written and has room for so much within the quota, or
-        `StoreError`. What dead processes left, to be gone on with, makes room where it is short.
+        `StoreError`. What dead processes left, to be gone on with, makes room where it is short;
+        then contexts do, for a quota. Gives back what went of these. Within a quota the room is
+        the calling thread's until it ends what it stages next, or asks again.
 
         going_on_with: such a folder that part of `need_bytes` lies in. Its pages are written anew
-        before they go, so the room is for these, or for all the others, whichever is more.
+        before they go, so the room is for these, or for all the others, whichever is more. keep:
+        contexts (ids) that stay; in_use: says of a page whether its context must.
         """
         probe = self.root / "staging" / f"probe-{secrets.token_hex(4)}"
         try:
@@ -87,12 +102,14 @@ class Store:
         if going_on_with is not None:
             there = staging.size_bytes(going_on_with)
             need_bytes = max(there, need_bytes - there)
+            (going_on_with / ROOM).unlink(missing_ok=True)  # the dead one's, who needs none
         try:
             self._check_free(need_bytes)
         except StoreError:
             if not staging.remove_abandoned(self.root / "staging", going_on_with):
                 raise
             self._check_free(need_bytes)
+        return self.check_quota(need_bytes, going_on_with, keep=keep, in_use=in_use)
 
     def _check_free(self, need_bytes: int) -> None:
         free = room_bytes(self.root)
@@ -101,33 +118,46 @@ class Store:
                 f"the context needs {need_bytes / 1e9:.2f} GB in {self.root}, which has "
                 f"{free / 1e9:.2f} GB free: free space, use --codec int8 or another --store"
             )
-        self.check_quota(need_bytes)
 
-    def check_quota(self, need_bytes: int) -> None:
-        """So much more stays within the quota, or `StoreError`. Nothing is reserved: of contexts
-        that are written at once each counts only the bytes that the others have written so far.
-        """
-        if self.quota_bytes is None:
-            return
-        used = self.used_bytes()
-        if used + need_bytes > self.quota_bytes:
-            raise StoreError(
-                f"the context needs {need_bytes} bytes in {self.root}, whose contexts take {used} "
-                f"of a quota of {self.quota_bytes}: remove contexts, use --codec int8 or ask for a "
-                "larger quota"
-            )
+    def check_quota(
+        self,
+        need_bytes: int,
+        going_on_with: Path | None = None,
+        *,
+        keep: Collection[str] = (),
+        in_use: InUse = nobody,
+    ) -> Evicted:
+        """So much more stays within the quota, or `StoreError`, and then nothing went; the rest as
+        in `check_room`."""
+        quota = self.quota_bytes
+        if quota is None:
+            return Evicted()
+        self.root.mkdir(parents=True, exist_ok=True)
+        with locked(self.root):
+            self._reservations.release()
+            used = self.used_bytes()
+            if need_bytes <= quota < used + need_bytes:
+                staging.remove_abandoned(self.root / "staging", going_on_with)
+                used = self.used_bytes()
+            gone, excess = Evicted(), used + need_bytes - quota
+            if excess > 0:
+                try:
+                    if need_bytes > quota:
+                        raise TooLarge("it is more than all of it")
+                    gone = evict_contexts(self, excess, keep, in_use)
+                except TooLarge:
+                    raise StoreError(
+                        f"the context needs {_gb(need_bytes)} in {self.root}, whose contexts take "
+                        f"{_gb(used)} of a quota of {_gb(quota)}, and too few of them may go: "
+                        "remove or unpin contexts, use --codec int8 or give a larger --quota"
+                    ) from None
+            self._reservations.reserve(need_bytes)
+        return gone
 
     def used_bytes(self) -> int:
-        """The sizes of all files of contexts, published or being written."""
-        used = 0
-        for part in ("contexts", "staging"):
-            for folder, _, names in os.walk(self.root / part):
-                for name in names:
-                    try:
-                        used += os.stat(os.path.join(folder, name)).st_size
-                    except FileNotFoundError:
-                        continue  # removed or published since it was listed
-        return used
+        """The sizes of all files of contexts, published or being written, and of what of these is
+        still to come."""
+        return self._reservations.used_bytes()
 
     def stage(
         self, context_id: str, token_ids: np.ndarray, cipher: PageCipher | None = None
@@ -142,6 +172,7 @@ class Store:
         folder: Path | None = None
         try:
             folder = staging.new_folder(self.root / "staging", context_id)
+            self._reservations.attach(folder)
             _write_file(folder / TOKENS, encode_tokens(token_ids, context_id, cipher))
         except OSError as error:
             if folder is not None:
@@ -176,6 +207,7 @@ class Store:
             self._check_staged(folder, manifest)
             _write_file(folder / MANIFEST, encode_manifest(manifest))
             write_index_copy(folder, manifest)
+            (folder / ROOM).unlink(missing_ok=True)  # nothing more is to come
             staging.sync_folder(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
@@ -185,6 +217,7 @@ class Store:
             else:
                 os.rename(folder, target)
             staging.disown(target)
+            self._reservations.release()
             staging.sync_folder(target.parent)
         except OSError as error:
             self.abort(staging_folder)
@@ -199,6 +232,7 @@ class Store:
         folder = Path(staging_folder)
         if folder.parent != self.root / "staging":
             raise ValueError(f"{folder} is no staging folder of {self.root}")
+        self._reservations.release()
         shutil.rmtree(folder, ignore_errors=True)
 
     def remove(self, context_id: str) -> None:
@@ -314,6 +348,10 @@ class Store:
 def segment_path(staging_folder: str, rank: int) -> Path:
     """The one segment that a rank writes."""
     return Path(staging_folder) / f"rank-{rank}.seg"
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.4g} GB"
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> None:

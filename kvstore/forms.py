@@ -78,7 +78,8 @@ def recode(
         )
     target = store if replace else form_store(store, codec_name)
     page_bytes = aligned(recoder.form.bytes_of(manifest.page_tokens)) + FRAME_BYTES
-    target.check_room(len(manifest.pages) * page_bytes + 4 * manifest.num_tokens)
+    need_bytes = len(manifest.pages) * page_bytes + 4 * manifest.num_tokens
+    target.check_room(need_bytes, keep=(manifest.context_id,))
     cipher = cipher_for(manifest)
     with target.staged(manifest.context_id, store.tokens(manifest), cipher) as staging:
         with SegmentWriter(segment_path(staging, 0), cipher=cipher) as writer:

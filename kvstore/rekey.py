@@ -48,7 +48,8 @@ def rekey(
     keys = page_keys(manifest.origin.fingerprint, namespace, tokens, manifest.page_tokens)
     new_id, cipher = context_id(keys), cipher_of(namespace)
     page_bytes = aligned(manifest.form.bytes_of(manifest.page_tokens)) + FRAME_BYTES
-    store.check_room(len(keys) * page_bytes + 4 * manifest.num_tokens)
+    need_bytes = len(keys) * page_bytes + 4 * manifest.num_tokens
+    store.check_room(need_bytes, keep=(manifest.context_id,))
 
     def named(page: Page) -> Page:
         index = page.header.span.start // manifest.page_tokens

@@ -12,6 +12,7 @@ import typer
 from ringspan.cluster.messages import GangSpec, ModelSpec
 from ringspan.deploy.machine import gpus, usable_cores
 from ringspan.deploy.record import Asked
+from ringspan.errors import BadInput
 
 Model = Annotated[
     str,
@@ -76,6 +77,14 @@ Store = Annotated[
     Path,
     typer.Option("--store", envvar="RINGSPAN_STORE", help="Folder that keeps the contexts."),
 ]
+Quota = Annotated[
+    float | None,
+    typer.Option(
+        "--quota",
+        help="GB that the contexts of --store may take; the ones cheapest to miss are evicted, "
+        "pinned and open ones stay. Default: all of the disk.",
+    ),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", help="Write a JSON record of the run to this file.")
 ]
@@ -114,6 +123,15 @@ NEEDLE_TOKENS = 8192
 DEFAULT_STORE = Path("ringspan-store")
 DEFAULT_SECRET = Path("~/.config/ringspan/secret")
 """Made by the first prefill of a tenant; who loses it loses all tenants' contexts."""
+
+
+def quota_bytes(quota: float | None) -> int | None:
+    """Of `--quota`. Raises BadInput."""
+    if quota is None:
+        return None
+    if not 0 < quota < float("inf"):
+        raise BadInput(f"--quota {quota:g}: wanted GB, more than 0, or leave it out")
+    return max(1, round(quota * 1e9))
 
 
 def namespaces(tenant: str | None, secret_file: Path) -> tuple[bytes, ...]:

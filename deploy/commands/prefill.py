@@ -125,6 +125,7 @@ def prefill(
     threads: options.Threads = 0,
     seed: options.Seed = 0,
     store: options.Store = options.DEFAULT_STORE,
+    quota: options.Quota = None,
     tenant: options.Tenant = None,
     secret_file: options.SecretFile = options.DEFAULT_SECRET,
     encrypt: options.Encrypt = False,
@@ -160,6 +161,7 @@ def prefill(
     with recording(json, asked) as record:
         with record.phase("read"):
             _check_numbers(limit_tokens, chunk_tokens, audit_rows, parity)
+            quota_bytes = options.quota_bytes(quota)
             check_store_folder(store)
             check_files(trace, metrics, decisions)
             namespace = options.new_namespace(tenant, secret_file, encrypt)
@@ -200,7 +202,7 @@ def prefill(
                 chat=prepared.chat,
                 document=prepared.document,
             ),
-            store=Store(store, (namespace,)),
+            store=Store(store, (namespace,), quota_bytes),
             namespace=namespace,
             again=again,
             reuse=not no_reuse,

@@ -26,7 +26,8 @@ KeysFile = Annotated[
     Path | None,
     typer.Option(
         "--api-keys",
-        help="File with hashes of API keys. The variable RINGSPAN_API_KEYS may hold more.",
+        help="File with hashes of API keys, and limits of tenants. The variable RINGSPAN_API_KEYS "
+        "may hold more.",
     ),
 ]
 NewKey = Annotated[
@@ -55,6 +56,7 @@ PUBLIC = "public"
 def serve(
     model: options.Model = "",
     store: options.Store = options.DEFAULT_STORE,
+    quota: options.Quota = None,
     served_model_name: ServedName = "",
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -97,6 +99,7 @@ def serve(
         model=model,
         served_model_name=served_model_name,
         store=str(store),
+        quota_bytes=options.quota_bytes(quota),
         ranks=ranks,
         local=local,
         transport=transport,
@@ -125,6 +128,7 @@ def serve(
         previous = signal.signal(signal.SIGTERM, _stop)
         try:
             with serving(config, keys) as state:
+                signal.signal(signal.SIGTERM, _stop)  # Ray has put its own over it: exit 15
                 listening.listen(BACKLOG)  # who reads the line below may connect at once
                 address, taken = listening.getsockname()[:2]
                 url = (
@@ -133,7 +137,8 @@ def serve(
                 print(f"ringspan serves {state.model_name} at {url}", file=sys.stderr, flush=True)
                 # uvicorn raises again the signal that it ended by
                 with contextlib.suppress(KeyboardInterrupt):
-                    server_for(build_app(state), drain_s=drain).run(sockets=[listening])
+                    server = server_for(build_app(state), drain_s=drain, limits=config.limits)
+                    server.run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, previous)
 

@@ -3,7 +3,8 @@
 A key is 32 random bytes, printed once. The server keeps `TENANT:sha256:HEX` lines, of a file or of
 the environment; a hash of so many random bits needs no salt and no slow function, for there is
 nothing to guess. An empty tenant is the public namespace. Keys may be added and removed while the
-server runs, for tenants that it knew when it started.
+server runs, for tenants that it knew when it started. A line `TENANT:limits: NAME=NUMBER ...`
+bounds what that tenant may ask for, `*:limits: ...` every one without a line of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import re
 import secrets
 import stat
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from starlette.requests import Request
 
+from ringspan.cluster.service_types import TenantLimits
 from ringspan.deploy.serve.errors import DENIED, SERVER, ApiError, log
 from ringspan.errors import BadInput, StoreError
 from ringspan.kvstore.tenancy import tenant_namespace
@@ -26,6 +29,8 @@ from ringspan.kvstore.tenancy import tenant_namespace
 KEYS_VARIABLE = "RINGSPAN_API_KEYS"
 """Environment variable: lines as the file has them, parted by newlines or commas."""
 PREFIX = "rsk-"
+EVERYBODY = "*"
+_LIMITS = re.compile(r"(?P<tenant>[^:\s]+):limits:\s*(?P<limits>.*)")
 _LINE = re.compile(r"(?P<tenant>[^:\s]*):sha256:(?P<digest>[0-9a-f]{64})")
 
 
@@ -37,9 +42,11 @@ class ApiKeys:
     ) -> None:
         """BadInput for a line that is none or a file that others may write."""
         self._path = path
-        self._fixed = _parse(environment.get(KEYS_VARIABLE, "").replace(",", "\n"), KEYS_VARIABLE)
+        lines = environment.get(KEYS_VARIABLE, "").replace(",", "\n")
+        self._fixed, self._fixed_limits = _parse(lines, KEYS_VARIABLE)
         self._stamp: tuple[int, int] | None = None
         self._digests: dict[str, str] = {}
+        self._limits: dict[str, TenantLimits] = {}
         self._load()
         self.tenants = frozenset(self._digests.values())
         """Known from the start; what is kept apart for them is made once."""
@@ -71,9 +78,17 @@ class ApiKeys:
         """The tenant that sent the request. ApiError 401."""
         return self.tenant(request.headers.get("authorization", ""))
 
+    def limits(self, tenant: str) -> TenantLimits:
+        """Of a tenant that has a name, as the file had them when a key was last looked at. (The
+        public one has those of the server alone.)"""
+        if not tenant:
+            return TenantLimits()
+        limits = self._limits
+        return limits.get(tenant) or limits.get(EVERYBODY) or TenantLimits()
+
     def _load(self) -> None:
         """The file's lines, if it changed since they were read."""
-        digests = dict(self._fixed)
+        digests, limits = dict(self._fixed), dict(self._fixed_limits)
         if self._path is not None:
             try:
                 with self._path.open("rb") as file:
@@ -92,9 +107,10 @@ class ApiKeys:
                     f"--api-keys {self._path}: {error.strerror}; make a key with ringspan serve "
                     f"--new-api-key TENANT --api-keys {self._path}"
                 ) from None
-            digests |= _parse(text, str(self._path))
+            more, bounds = _parse(text, str(self._path))
+            digests, limits = digests | more, limits | bounds
             self._stamp = stamp
-        self._digests = digests
+        self._digests, self._limits = digests, limits
 
 
 def new_key(tenant: str, path: Path) -> str:
@@ -116,12 +132,18 @@ def new_key(tenant: str, path: Path) -> str:
     return key
 
 
-def _parse(text: str, where: str) -> dict[str, str]:
-    """digest -> tenant."""
-    found = {}
+def _parse(text: str, where: str) -> tuple[dict[str, str], dict[str, TenantLimits]]:
+    """digest -> tenant, and tenant -> limits."""
+    found: dict[str, str] = {}
+    limits: dict[str, TenantLimits] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
+            continue
+        if (bounds := _LIMITS.fullmatch(line)) is not None:
+            if bounds["tenant"] != EVERYBODY:
+                tenant_namespace(bounds["tenant"], b"any")
+            limits[bounds["tenant"]] = _limits(bounds["limits"], f"{where}, line {number}")
             continue
         match = _LINE.fullmatch(line)
         if match is None:  # the line is not shown: somebody may have put the key itself there
@@ -132,7 +154,21 @@ def _parse(text: str, where: str) -> dict[str, str]:
         if match["tenant"]:
             tenant_namespace(match["tenant"], b"any")
         found[match["digest"]] = match["tenant"]
-    return found
+    return found, limits
+
+
+def _limits(text: str, where: str) -> TenantLimits:
+    known = [field.name for field in fields(TenantLimits)]
+    found: dict[str, int] = {}
+    for word in text.split():
+        name, _, number = word.partition("=")
+        if name not in known or name in found or not re.fullmatch(r"[1-9]\d{0,17}", number):
+            raise BadInput(
+                f"{where}: limit {word[:100]!r}: wanted NAME=NUMBER, a number from 1, each name of "
+                f"{', '.join(known)} at most once"
+            )
+        found[name] = int(number)
+    return TenantLimits(**found)
 
 
 def _denied(message: str, code: str) -> ApiError:

@@ -24,7 +24,7 @@ from ringspan.cluster.stored import Description
 from ringspan.deploy.serve import sse
 from ringspan.deploy.serve.errors import CLIENT_LEFT, MISSING, ApiError, as_api_error, bad
 from ringspan.deploy.serve.openai_types import ContextRequest, parse
-from ringspan.deploy.serve.state import ServeState, state_of
+from ringspan.deploy.serve.state import ServeState, idempotency_key, state_of
 from ringspan.deploy.serve.texts import ContextTokens, too_long
 from ringspan.kvstore.codecs.registry import CODECS
 from ringspan.types import Span
@@ -52,6 +52,7 @@ async def make(request: Request) -> Response:
         chat=tokens.chat,
         document=tokens.document,
     )
+    key = idempotency_key(request)
     hearing = _Hearing(request)
     try:
         ticket = await asyncio.to_thread(
@@ -61,7 +62,7 @@ async def make(request: Request) -> Response:
             description=description,
             tenant=tenant,
             priority=asked.priority,
-            idempotency_key=asked.idempotency_key,
+            idempotency_key=asked.idempotency_key or key,
             listener=hearing.listen,
         )
         hearing.ticket = ticket

@@ -31,6 +31,12 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     header_bytes: int = 32 << 10
     """Of all headers and the path."""
     header_count: int = 100
+    header_timeout_s: float = 10.0
+    """From the first byte of a request, or from the connection, to the last byte of its headers."""
+    idle_s: float = 30.0
+    """A connection without a request is kept so long for the next one."""
+    connections: int = 1024
+    """At a time; one more takes the place of the one that has been idle longest."""
     progress_s: float = 2.0
     """A stream that has had nothing to tell for so long tells how far its prefill is."""
     send_timeout_s: float = 120.0

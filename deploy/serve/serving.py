@@ -34,6 +34,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     served_model_name: str = ""
     """Empty: the model's name, of a path its last part."""
     store: str = str(options.DEFAULT_STORE)
+    quota_bytes: int | None = None
+    """Of the store; see `Store`."""
     ranks: int | None = None
     local: bool = False
     transport: str = "auto"
@@ -141,11 +143,12 @@ def served(config: ServeConfig, keys: ApiKeys, gang: Gang) -> Iterator[ServeStat
     from ringspan.kvstore.folder import Store
 
     namespaces = namespaces_of(config, keys)
-    store = Store(Path(config.store), tuple(namespaces.values()))
+    store = Store(Path(config.store), tuple(namespaces.values()), config.quota_bytes)
     service = Service(
         Controller(gang, store),
         limits=Limits(max_waiting=config.max_waiting, max_running=config.max_running),
         namespace_of=_looked_up(namespaces),
+        tenant_limits=keys.limits,
     )
     try:
         facts = service.facts

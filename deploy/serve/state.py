@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from ringspan.deploy.serve.auth import ApiKeys
-from ringspan.deploy.serve.errors import MISSING, ApiError
+from ringspan.deploy.serve.errors import MISSING, ApiError, bad
 from ringspan.deploy.serve.limits import Bodies, HttpLimits
 from ringspan.deploy.serve.texts import Texts
 
@@ -47,6 +47,21 @@ class ServeState:
                 param="model",
                 code="model_not_found",
             )
+
+
+MOST_KEY_CHARS = 256
+
+
+def idempotency_key(request: Request) -> str:
+    """Of the header `Idempotency-Key`; empty: there is none. ApiError 400."""
+    key = request.headers.get("idempotency-key", "")
+    if len(key) > MOST_KEY_CHARS:
+        raise bad(
+            f"Idempotency-Key of {len(key)} characters: wanted at most {MOST_KEY_CHARS}",
+            "Idempotency-Key",
+            "invalid_value",
+        )
+    return key
 
 
 def state_of(request: Request) -> ServeState:

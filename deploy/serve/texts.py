@@ -60,7 +60,9 @@ class Texts:
         self.stop_ids: tuple[int, ...] = self._frame.stop_ids if self._frame else ()
         self.max_token_chars = 1
         self._specials: tuple[tuple[str, int], ...] = ()
+        self._around: tuple[list[int], list[int]] = ([], [])
         if self._encoder is not None:
+            self._around = put_around(self._encoder)
             self.max_token_chars = max(map(len, self._encoder.get_vocab()), default=1)
             self._specials = tuple(
                 (str(token), token_id)
@@ -77,10 +79,13 @@ class Texts:
 
     # to token ids
 
-    async def plain(self, text: str, param: str = "prompt") -> list[int]:
-        """A text as it is. ApiError 400 for one that is too long whatever its tokens are."""
+    async def plain(self, text: str, param: str = "prompt", *, special: bool = False) -> list[int]:
+        """A text as it is; special: between the control tokens that the tokenizer puts around one.
+        ApiError 400 for one that is too long whatever its tokens are."""
         tokenizer = self._check(text, param)
-        return await self._run(lambda: encode_plain(tokenizer, [text])[0])
+        before, after = self._around if special else ((), ())
+        ids = await self._run(lambda: encode_plain(tokenizer, [text])[0])
+        return [*before, *ids, *after]
 
     async def chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Through the model's chat template, up to the header of the answer."""
@@ -251,6 +256,16 @@ def too_long(
         param,
         "context_length_exceeded",
     )
+
+
+def put_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The control tokens that a tokenizer puts before and behind a text, a BOS most often."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at : at + len(bare)] == bare:
+            return whole[:at], whole[at + len(bare) :]
+    return [], []
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> str:

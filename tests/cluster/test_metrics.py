@@ -142,6 +142,21 @@ def test_pages_tiers_queue_and_hand_offs() -> None:
     assert found["ringspan_handoffs_total{outcome=corruptpage}"] == 1
 
 
+def test_a_priority_whose_last_one_has_begun_is_told_as_empty() -> None:
+    metrics = Metrics()
+    looks = iter([{"0": 2, "5": 1}, {"5": 1}, {}])
+    metrics.look = lambda: metrics.queue(next(looks))
+    for zero, five in ((2, 1), (0, 1), (0, 0)):
+        found = values(metrics)
+        assert found["ringspan_requests_waiting{priority=0}"] == zero
+        assert found["ringspan_requests_waiting{priority=5}"] == five
+    metrics.look = lambda: metrics.holding(3, 2, {"named": 1, "plain": 4})
+    found = values(metrics)
+    assert (found["ringspan_answers_running"], found["ringspan_sessions"]) == (3, 2)
+    assert found["ringspan_contexts_held{kind=named}"] == 1
+    assert found["ringspan_contexts_held{kind=plain}"] == 4
+
+
 def test_every_name_is_ours_and_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for family in Metrics().registry.collect():

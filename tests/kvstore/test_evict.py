@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ringspan.kvstore.evict import (
     Candidate,
     Quota,
     eviction_order,
+    log2_value,
     over_quota,
     quota_victims,
     recompute_s,
@@ -135,9 +137,16 @@ def test_victims_free_enough_and_none_in_vain(
     shuffled = list(found)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     assert victims(shuffled, need_bytes, NOW_S) == going
-    worst = max((value(c, NOW_S) for c in going), default=0.0)
+    worst = max((log2_value(c, NOW_S) for c in going), default=-math.inf)
     staying = [c for c in found if c not in going and not c.in_use]
-    assert all(value(c, NOW_S) >= worst for c in staying)
+    assert all(log2_value(c, NOW_S) >= worst for c in staying)
+
+
+def test_of_two_that_nobody_used_for_months_the_older_goes_first() -> None:
+    fresh = Candidate("b", "x", 0, 100, 1.0, None, 100 * 86400.0)
+    old, cheap = fresh._replace(key="c", last_used_s=0.0), fresh._replace(key="a", recompute_s=0.0)
+    order = eviction_order([fresh, old, cheap], 200 * 86400.0)
+    assert keys(order) == ["a", "c", "b"]
 
 
 def test_a_store_stays_within_its_quota(tmp_path: Path) -> None:
@@ -147,7 +156,7 @@ def test_a_store_stays_within_its_quota(tmp_path: Path) -> None:
     store = Store(tmp_path, quota_bytes=1000)
     assert store.used_bytes() == 900
     store.check_room(100)
-    with pytest.raises(StoreError, match=r"needs 101 bytes .* take 900 of a quota of 1000: remove"):
+    with pytest.raises(StoreError, match=r"needs 1.01e-07 GB .* 9e-07 GB of a quota of 1e-06 GB"):
         store.check_room(101)
     Store(tmp_path).check_room(101)
     with pytest.raises(BadInput, match="quota of 0 bytes: wanted 1 or more"):

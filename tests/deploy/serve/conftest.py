@@ -72,10 +72,19 @@ def wait_for(what: Any, timeout_s: float = 20.0) -> None:
 
 @contextlib.contextmanager
 def serve_model(
-    model: str, folder: Path, tenants: tuple[str, ...] = (), ranks: int = 1, **settings: Any
+    model: str,
+    folder: Path,
+    tenants: tuple[str, ...] = (),
+    ranks: int = 1,
+    bounds: str = "",
+    **settings: Any,
 ) -> Iterator[Served]:
+    """bounds: lines of limits, for the file of keys."""
     keys_file = folder / "keys"
     keys = {tenant: new_key(tenant, keys_file) for tenant in tenants}
+    if bounds:
+        with keys_file.open("a") as file:
+            file.write(bounds)
     config = ServeConfig(
         model=model,
         store=str(folder / "store"),
@@ -93,7 +102,7 @@ def serve_model(
         LocalGang(config.spec()) as gang,
         served(config, ApiKeys(keys_file if tenants else None, {}), gang) as state,
     ):
-        server = server_for(build_app(state), drain_s=5.0, log_level="error")
+        server = server_for(build_app(state), drain_s=5.0, log_level="error", limits=config.limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

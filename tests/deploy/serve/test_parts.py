@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from ringspan.cluster.events import Cancelled
-from ringspan.cluster.service_types import Overloaded
+from ringspan.cluster.service_types import Overloaded, TenantLimits
 from ringspan.deploy import cli
 from ringspan.deploy.serve.auth import KEYS_VARIABLE, ApiKeys, new_key
 from ringspan.deploy.serve.errors import ApiError, as_api_error
@@ -20,6 +24,7 @@ from ringspan.deploy.serve.openapi import describe
 from ringspan.deploy.serve.serve_app import config_from
 from ringspan.deploy.serve.serving import check_host
 from ringspan.deploy.serve.stops import StopStrings
+from ringspan.deploy.serve.texts import put_around
 from ringspan.errors import BadInput, RankLost, StoreError, TooLarge, UnknownName
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -100,6 +105,39 @@ def test_keys_of_the_environment_and_lines_that_are_none(tmp_path: Path) -> None
     file.chmod(0o666)
     with pytest.raises(BadInput, match="chmod 600"):
         ApiKeys(file, {})
+
+
+def test_limits_of_tenants_stand_beside_their_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    key = new_key("a", file)
+    with file.open("a") as more:
+        more.write("*:limits: max_running=3\na:limits: requests_per_minute=60 contexts=5\n")
+    keys = ApiKeys(file, {KEYS_VARIABLE: "b:limits: tokens_in_flight=7"})
+    assert keys.tenants == {"a"}
+    assert keys.limits("a") == TenantLimits(requests_per_minute=60, contexts=5)
+    assert keys.limits("b") == TenantLimits(tokens_in_flight=7)
+    assert keys.limits("c") == TenantLimits(max_running=3)
+    assert keys.limits("") == TenantLimits()
+    file.write_text(file.read_text().replace("contexts=5", "contexts=6"))
+    os.utime(file, ns=(1, 1))
+    keys.tenant(f"Bearer {key}")
+    assert keys.limits("a").contexts == 6
+    for wrong in ("contexts=0", "contexts=-1", "contexts", "context=1", "contexts=1 contexts=2"):
+        with pytest.raises(BadInput, match=r"line 1: limit .*: wanted NAME=NUMBER"):
+            ApiKeys(None, {KEYS_VARIABLE: f"a:limits: {wrong}"})
+    with pytest.raises(BadInput, match=r"wanted 1 to 128 letters"):
+        ApiKeys(None, {KEYS_VARIABLE: "../a:limits: contexts=1"})
+
+
+def test_control_tokens_that_a_tokenizer_puts_around_a_text() -> None:
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    backend = Tokenizer(WordLevel(words, unk_token="b"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert put_around(bare) == ([], [])
+    backend.post_processor = TemplateProcessing(
+        single="<s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert put_around(PreTrainedTokenizerFast(tokenizer_object=backend)) == ([0, 0], [1])
 
 
 def test_an_address_that_others_reach_wants_keys(tmp_path: Path) -> None:
