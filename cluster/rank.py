@@ -16,6 +16,7 @@ import numpy as np
 from ringspan.attention.loopback import LoopbackWorld
 from ringspan.cluster.answers import Answers
 from ringspan.cluster.handoff import Handoffs, Offer
+from ringspan.cluster.heap import trim
 from ringspan.cluster.messages import (
     AnswerRequest,
     ChunkDone,
@@ -205,6 +206,7 @@ class Rank:
         self.handoffs.close(context_id)
         self.answers.end_all_on(context_id)
         self.contexts.drop(context_id)
+        trim()
 
     def offer_handoff(
         self, context_id: str, epoch: int, codec_name: str, token_ids: np.ndarray, namespace: str
@@ -255,6 +257,7 @@ class Rank:
     def end_session(self, session_id: str) -> None:
         """Forgets a session's tail. May be repeated."""
         self.answers.end(session_id)
+        trim()
 
     def measure_link(self, num_bytes: int, repeats: int) -> float:
         """Seconds of one ring exchange of `num_bytes`, the median of `repeats`."""
