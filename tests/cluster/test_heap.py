@@ -40,9 +40,13 @@ def test_it_trims_again_only_after_a_while(monkeypatch):
     calls = []
     monkeypatch.setattr(heap, "_malloc_trim", lambda: calls.append)
     monkeypatch.setattr(heap, "_last_s", 90.0)
-    assert [heap.trim(5.0, lambda: now) for now in (94.0, 95.0, 99.0, 100.0)] == [
-        False, True, False, True,
-    ]  # fmt: skip
+    now = [0.0]
+
+    def at(seconds):
+        now[0] = seconds
+        return heap.trim(5.0, lambda: now[0])
+
+    assert [at(94.0), at(95.0), at(99.0), at(100.0)] == [False, True, False, True]
     assert calls == [0, 0]
 
 
