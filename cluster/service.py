@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, is_dataclass
@@ -21,7 +22,7 @@ from ringspan.cluster.service_contexts import StoredContexts, context_views
 from ringspan.cluster.service_engine import Engine
 from ringspan.cluster.service_jobs import Job, flush
 from ringspan.cluster.service_jobs import Ticket as Ticket
-from ringspan.cluster.service_queue import Admission
+from ringspan.cluster.service_queue import Admission, check_contexts
 from ringspan.cluster.service_types import (
     MOST_LOGPROBS,
     ContextView,
@@ -72,6 +73,7 @@ class Service:
         controller.mends_itself = True
         self.limits, self.metrics, self.facts = limits, Metrics(), controller.facts
         self._first, self._namespace_of = controller, namespace_of
+        self._tenant_limits = tenant_limits
         self._plain = plain_options or PrefillOptions()
         self._together = on_token_batch
         self._controllers: dict[bytes | None, Controller] = {None: controller}
@@ -83,7 +85,7 @@ class Service:
         )
         self._stored = StoredContexts()
         self._wake = threading.Event()
-        self._ready = controller.gang.ready
+        self.metrics.look = self._look
         self._closing, self._closed = False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
         self._thread.start()
@@ -122,6 +124,9 @@ class Service:
             keys=keys, description=description, priority=priority,
             context_tokens=plan.num_tokens, digest=digest,
         )  # fmt: skip
+        if most := self._tenant_limits(tenant).contexts if tenant else 0:
+            there = {view.context_id for view in self.contexts(tenant)} - {job.context_id}
+            check_contexts(len(there), most, tenant)
         return self._admit(job, listener, idempotency_key)
 
     def answer(
@@ -269,6 +274,16 @@ class Service:
         order = self._engine.waiting.order()
         return next((at for at, one in enumerate(order) if one is job), 0)
 
+    def _look(self) -> None:
+        """Into the gauges, what is there now."""
+        engine = self._engine
+        with engine.lock:
+            waiting = Counter(str(job.priority) for job in list(engine.waiting.jobs))
+            held = Counter(p.plain for p in list(engine.held.places) if p.handle.num_tokens)
+        self.metrics.queue(waiting)
+        kinds = {"plain": held[True], "named": held[False]}
+        self.metrics.holding(len(engine.answering.jobs), len(engine.sessions), kinds)
+
     def contexts(self, tenant: str = "") -> list[ContextView]:
         """That the tenant can ask, and those on their way; the newest first."""
         controller = self._controller(tenant)
@@ -276,7 +291,7 @@ class Service:
         with self._engine.lock:
             jobs = [one for one in self._jobs.values() if not one.state.ended]
         stored = self._stored.views(controller, space, namespace_digest(space))
-        return context_views(controller, self._engine.held, stored, jobs, self._ready)
+        return context_views(controller, self._engine.held, stored, jobs, self._first.gang.ready)
 
     def context(self, context_id: str, tenant: str = "") -> ContextView:
         """UnknownName, for another tenant's too."""

@@ -26,7 +26,7 @@ from ringspan.cluster.service_interlude import ServiceInterlude
 from ringspan.cluster.service_jobs import Job, Work
 from ringspan.cluster.service_queue import SHORT_TOKENS, Waiting
 from ringspan.cluster.service_types import JobState, Limits, ProgressEvent
-from ringspan.errors import BadInput, RankLost, RingspanError, TooLarge
+from ringspan.errors import BadInput, RankLost, RingspanError, TooLarge, UnknownName
 from ringspan.kvstore.leases import InUse
 
 T = TypeVar("T")
@@ -54,13 +54,15 @@ class Engine:
         self.lock = threading.RLock()
         self.waiting = Waiting()
         self.commands: deque[Callable[[], None]] = deque()
+        self._lost_s = -1.0
+        """When a rank was lost last."""
         self.held = Held(limits.max_plain_contexts, self._has_sessions)
         self.answering = Answering(
             self._gang, metrics, flush, lambda: self.held.give_up_one(), self._ended
         )
         self.works: list[Work] = []
         self.tokens_per_s = 0.0
-        self._sessions: dict[tuple[str, str], tuple[str, str, float]] = {}
+        self.sessions: dict[tuple[str, str], tuple[str, str, float]] = {}
         """(tenant, the client's name) -> the controller's, its context, when it was used last."""
 
     # one turn
@@ -181,8 +183,16 @@ class Engine:
             raise
         except Exception as error:
             if not job.state.ended:
-                self._failed(job, error)
+                self._failed(job, self._gone(job, error))
         self._flush([job])
+
+    def _gone(self, job: Job, error: Exception) -> Exception:
+        """Of a context that was there when the job was taken, and went with a rank, why."""
+        if not isinstance(error, UnknownName) or job.created_s > self._lost_s:
+            return error
+        return RankLost(
+            f"context {job.context_id} went with a lost rank and no store has it: prefill it again"
+        )
 
     def _context(self, job: Job, outer: Work | None) -> bool:
         """The job's context is on the gang; False: the job waits again, or has ended."""
@@ -208,14 +218,14 @@ class Engine:
         controller, name, asked = job.controller, job.context_id, job.sampling
         self.held.used(controller, name)
         key = job.tenant, job.session_name
-        known = self._sessions.get(key) if job.session_name else None
+        known = self.sessions.get(key) if job.session_name else None
         if known is not None and known[1] != name:
             raise BadInput(f"session {job.session_name!r} is on context {known[1]}, not on {name}")
         job.session_id = known[0] if known is not None else controller.begin_session(name)
         if any(one.session_id == job.session_id for one in self.answering.jobs):
             raise BadInput(f"session {job.session_name!r} is being answered; ask it afterwards")
         if job.session_name:
-            self._sessions[key] = job.session_id, name, time.monotonic()
+            self.sessions[key] = job.session_id, name, time.monotonic()
         job.reading = controller.reading([name])
         question = Question(
             job.session_id, name, job.question, asked.max_tokens, asked.temperature, asked.top_p,
@@ -325,8 +335,9 @@ class Engine:
 
     def lose_answers(self, error: RankLost) -> None:
         """No session outlives a rank: it had a part of each."""
+        self._lost_s = time.monotonic()
         self.held.clear()
-        self._sessions.clear()
+        self.sessions.clear()
         jobs = self.answering.clear()
         for job in jobs:
             if job.reading is not None:
@@ -364,7 +375,7 @@ class Engine:
 
     def _has_sessions(self, controller: Controller, name: str) -> bool:
         """That clients may go on with."""
-        known = any(context_id == name for _, context_id, _ in self._sessions.values())
+        known = any(context_id == name for _, context_id, _ in self.sessions.values())
         return known or any(
             job.context_id == name and job.controller is controller for job in self.answering.jobs
         )
@@ -391,8 +402,8 @@ class Engine:
         """Of clients that were not heard for long."""
         limit = time.monotonic() - self._limits.kept_s
         busy = {job.session_id for job in self.answering.jobs}
-        for key, (session_id, _, used_s) in list(self._sessions.items()):
+        for key, (session_id, _, used_s) in list(self.sessions.items()):
             if used_s < limit and session_id not in busy:
-                del self._sessions[key]
+                del self.sessions[key]
                 for controller in self._controllers():
                     controller.end_session(session_id)

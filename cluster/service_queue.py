@@ -22,6 +22,7 @@ class Admission:
     def __init__(self, limits: Limits, of_tenant: Callable[[str], TenantLimits]) -> None:
         self._limits, self._of_tenant = limits, of_tenant
         self._spent: dict[str, deque[tuple[float, int]]] = {}
+        """Of each tenant: when a request was taken, and its tokens."""
 
     def check(self, job: Job, jobs: Iterable[Job], tokens_per_s: float) -> None:
         """Overloaded. jobs: all that have not ended; tokens_per_s: of prefills, 0 unknown."""
@@ -56,14 +57,31 @@ class Admission:
                 retry_after_s=wait_s,
                 tenant=job.tenant,
             )
-        if not mine.tokens_per_minute:
-            return
         now, want = time.monotonic(), _tokens(job)
+        flying = sum(_tokens(one) for one in jobs if one.tenant == job.tenant)
+        if mine.tokens_in_flight and flying and flying + want > mine.tokens_in_flight:
+            raise Overloaded(
+                f"{flying} tokens of this tenant are under way and this request has {want}, at "
+                f"most {mine.tokens_in_flight} may be: try again when one has ended",
+                retry_after_s=wait_s,
+                tenant=job.tenant,
+            )
+        if not (mine.tokens_per_minute or mine.requests_per_minute):
+            return
         spent = self._spent.setdefault(job.tenant, deque())
         while spent and spent[0][0] <= now - MINUTE_S:
             spent.popleft()
+        if mine.requests_per_minute and len(spent) >= mine.requests_per_minute:
+            free_s = spent[len(spent) - mine.requests_per_minute][0] + MINUTE_S - now
+            free_s = max(self._limits.retry_after_s, free_s)
+            raise Overloaded(
+                f"{len(spent)} requests of this tenant came in the last minute, at most "
+                f"{mine.requests_per_minute} may: try again in {free_s:.0f} s",
+                retry_after_s=free_s,
+                tenant=job.tenant,
+            )
         used = sum(tokens for _, tokens in spent)
-        if spent and used + want > mine.tokens_per_minute:
+        if mine.tokens_per_minute and spent and used + want > mine.tokens_per_minute:
             free_s = next(
                 at + MINUTE_S - now
                 for index, (at, _) in enumerate(spent)
@@ -79,6 +97,16 @@ class Admission:
                 tenant=job.tenant,
             )
         spent.append((now, want))
+
+
+def check_contexts(there: int, most: int, tenant: str) -> None:
+    """Overloaded for one context more than the tenant may have."""
+    if there >= most:
+        raise Overloaded(
+            f"this tenant has {there} contexts, at most {most} may be: delete one, then try again",
+            retry_after_s=MINUTE_S,
+            tenant=tenant,
+        )
 
 
 def _tokens(job: Job) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -343,6 +344,56 @@ def test_too_much_is_refused_with_numbers(gang: LocalGang) -> None:
             ask(service, [5])
         with pytest.raises(UnknownName):
             service.view(waiting[0][1].request_id, tenant="b")
+
+
+def test_gauges_tell_what_is_there_now(service: Service) -> None:
+    def gauge(name: str) -> float:
+        found = re.findall(rf"^ringspan_{name} (.*)$", service.metrics.render().decode(), re.M)
+        return sum(map(float, found))
+
+    _, ticket = make(service)
+    asked = [ask(service, prompt(at), priority=at)[0] for at in range(2)]
+    for heard in asked:
+        heard.said()
+    turn, _ = ask(service, prompt(3), context_id=ticket.context_id, session_id="s", max_tokens=60)
+    assert turn.first.wait(WAIT_S)
+    assert gauge("answers_running") == 1
+    assert gauge("sessions") == 1
+    turn.said()
+    until = time.monotonic() + WAIT_S
+    while gauge("answers_running"):
+        assert time.monotonic() < until, "it runs for ever"
+        time.sleep(0.01)
+    assert gauge(r'contexts_held\{kind="named"\}') == 1
+    assert gauge(r'contexts_held\{kind="plain"\}') == 2
+    assert gauge(r"requests_waiting\{.*\}") == 0
+
+
+def test_a_tenant_has_limits_of_its_own(gang: LocalGang) -> None:
+    of = {
+        "often": TenantLimits(requests_per_minute=2),
+        "much": TenantLimits(tokens_in_flight=150),
+        "many": TenantLimits(contexts=1),
+    }
+    for service in serving(gang, tenant_limits=of.__getitem__):
+        for at in range(2):
+            ask(service, prompt(at), tenant="often")[0].said()
+        with pytest.raises(Overloaded, match="at most 2 may: try again in") as refused:
+            ask(service, prompt(2), tenant="often")
+        assert 50 < refused.value.retry_after_s <= 60
+        busy, _ = ask(service, prompt(0), tenant="much", max_tokens=60)
+        with pytest.raises(Overloaded, match="100 tokens of this tenant are under way") as refused:
+            ask(service, prompt(1), tenant="much", max_tokens=60)
+        assert refused.value.tenant == "much"
+        busy.said()
+        ask(service, prompt(1), tenant="much", max_tokens=60)[0].said()
+        made, _ = make(service, LONG[:200], tenant="many")
+        again, _ = make(service, LONG[:200], tenant="many")  # the same one
+        assert made.ended.wait(WAIT_S)
+        assert again.ended.wait(WAIT_S)
+        with pytest.raises(Overloaded, match="has 1 contexts, at most 1 may be"):
+            make(service, LONG[:300], tenant="many")
+        make(service, LONG[:300])[1].cancel()
 
 
 def test_questions_do_not_wait_for_room_for_a_context_that_is_there(gang: LocalGang) -> None:
