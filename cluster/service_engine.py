@@ -55,7 +55,7 @@ class Engine:
         self.waiting = Waiting()
         self.commands: deque[Callable[[], None]] = deque()
         self._lost_s = -1.0
-        """When a rank was lost last."""
+        """When a rank was lost last, or the gang was whole again after it."""
         self.held = Held(limits.max_plain_contexts, self._has_sessions)
         self.answering = Answering(
             self._gang, metrics, flush, lambda: self.held.give_up_one(), self._ended
@@ -325,6 +325,7 @@ class Engine:
             for controller in self._controllers():
                 if controller is not work.waiters[0].controller:
                     controller.mended()
+        self._lost_s = time.monotonic()
 
     # faults
 
@@ -361,6 +362,7 @@ class Engine:
             self._gang.mend(MEND_TIMEOUT_S)
             for controller in self._controllers():
                 controller.mended()
+            self._lost_s = time.monotonic()  # those taken meanwhile were told it was there
         except RankLost as error:
             self._fail_all(RankLost(f"the gang could not be mended: {error}"))
 
